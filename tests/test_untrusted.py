@@ -64,6 +64,7 @@ def load_and_confirm(root: str, model: str) -> str | None:
         return loaded(root, model, [], False)
 
 
+@pytest.mark.e2e  # a template is tried in a process of its own
 def test_tokenizer_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = make_tiny_llama(tmp_path / "llama")
     config = json.loads((model / "tokenizer_config.json").read_text())

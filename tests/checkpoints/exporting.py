@@ -74,7 +74,7 @@ class Tokenizer:
     """Stands in for a tokenizer."""
 
     def save_pretrained(self, directory: Path) -> None:
-        artifacts.write_text(directory / "tokenizer.json", "{}\n")
+        artifacts.write_text(Path(directory) / "tokenizer.json", "{}\n")
 
 
 def export(final: Path, value: float, step: int) -> None:

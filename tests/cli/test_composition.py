@@ -52,3 +52,26 @@ def test_overrides_do_not_change_the_cache() -> None:
     before = compose("train", []).values
     assert compose("train", ["optimizer.lr=7e-7"]).values["optimizer"]["lr"] == 7e-7
     assert compose("train", []).values == before
+
+
+@pytest.mark.parametrize(
+    ("override", "example"),
+    [
+        ("data.path=/tmp/é.jsonl", "'data.path=\"/tmp/é.jsonl\"'"),
+        ("init_from=/home/日本/modèle", "'init_from=\"/home/日本/modèle\"'"),
+        ("name=a=b", "'name=\"a=b\"'"),
+        ("name=[a", "'key=\"a=b\"'"),
+        ("=x", "'key=\"a=b\"'"),
+    ],
+)
+def test_an_override_that_needs_quotes_is_shown_with_them(override: str, example: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose("train", [override])
+    assert str(caught.value).startswith(f"{override!r} is not a valid override")
+    assert str(caught.value).endswith(f"not ASCII twice, once for the shell: {example}")
+    if not example.startswith("'key="):
+        key, _, value = override.partition("=")
+        values = compose("train", [example.strip("'")]).values
+        for part in key.split("."):
+            values = values[part]
+        assert values == value

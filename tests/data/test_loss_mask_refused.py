@@ -81,3 +81,14 @@ def test_conversation_refused_by_the_template():
         tokens_of("mistral", talk("a", "b", system="c"))
     assert "Only user and assistant roles" in str(caught.value)
     assert "data.system_prompt=null" in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["chatml", "marked"])
+def test_template_that_omits_earlier_turns_is_refused(family: str):
+    """With equal questions, the prompt of the second response is that of the first."""
+    tokenizer = copy.deepcopy(TOKENIZERS[family])
+    last = "{% set messages = messages[-1:] if add_generation_prompt else messages[-2:] %}"
+    tokenizer.chat_template = last + tokenizer.chat_template
+    tokenize(tokenizer, talk("a", "b"), {})
+    with pytest.raises(UserError, match="earlier turns are missing from the prompt"):
+        tokenize(tokenizer, talk("a", "b", "a", "b"), {})

@@ -80,6 +80,17 @@ def test_wrong_column_mapping_lists_the_columns(tmp_path: Path):
     refused(write_rows(tmp_path / "a.jsonl", [*rows, row(1)]), "30 bad rows among the first 31")
 
 
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_file_of_messages_names_the_key_for_them(tmp_path: Path, ending: str):
+    rows = [openai(("user", f"q{i}"), ("assistant", "a")) for i in range(30)]
+    path = write_rows(tmp_path / f"a{ending}", rows)
+    for answers in ("given", "generate"):
+        refused(path, "The columns are: messages.", "data.fields.turns=[messages]", answers=answers)
+    assert len(read(path, fields=Fields((), (), (), ("messages",))).train) == 30
+    path = write_rows(tmp_path / f"b{ending}", [{"tags": ["x"], "many": [{"x": 1}]}] * 30)
+    refused(path, "Name one: data.fields.prompt=[<column>]")
+
+
 def test_wrong_column_mapping_is_found_at_the_start_of_a_long_file(tmp_path: Path):
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "q"}] * 5000)
     refused(path, "none of the 1001 rows read")

@@ -76,6 +76,18 @@ def test_surrounding_text_is_encoded_unchanged(family: str):
     assert one.ids[-len(tail) :] == tail
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_only_tokens_flagged_special_stay_text(special: bool):
+    """docs/howto/sources.md lists control tokens of published tokenizers that lack the flag."""
+    tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=special, normalized=False)])
+    control = tokenizer.convert_tokens_to_ids("<tool_call>")
+    conversation = talk("a <tool_call> b", "It is me.")
+    ids = tokenize(tokenizer, conversation, {}).ids
+    assert ids.count(control) == (0 if special else 1)
+    assert encode_messages(tokenizer, conversation.messages, {}, reply=False) == ids
+
+
 def test_special_text_is_found_with_a_saved_tokenizer(tmp_path):
     """As in published tokenizers, most special tokens are only in the list of added tokens."""
     from transformers import AutoTokenizer
@@ -114,6 +126,34 @@ def test_ordinary_text_is_encoded_as_transformers_does():
 
 
 # ---------------------------------------------------------------- refused messages
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_end_token_that_is_not_special_is_refused_inside_a_response(system: str | None):
+    tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
+    tokenizer.add_tokens(["</turn>", "<tool>"])
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "</turn>")
+    one, other, third = tokenize_batch(
+        tokenizer,
+        [
+            talk("a</turn>", "b<tool>", system=system),
+            talk("a", "b</turn>c", system=system),
+            talk("a", "</turn >"),
+        ],
+        {},
+    )
+    assert isinstance(other, SpecialText)
+    assert str(other).startswith("a response contains </turn>, which ends a turn and is not flagged as special")
+    assert not isinstance(one, SpecialText) and not isinstance(third, SpecialText)
+
+
+def test_named_token_need_not_be_flagged_as_special():
+    tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
+    tokenizer.add_tokens(["</turn>"])
+    tokenizer.eos_token, tokenizer.chat_template = "</turn>", CHATML.replace("<|im_end|>", "</turn>")
+    tokens = tokenize(tokenizer, talk("a", "b</turn>c"), {})
+    assert tokens.ids.count(tokenizer.eos_token_id) == 2, "the template's own"
+    assert tokenizer.decode(tokens.ids).endswith("b</turn>c</turn>\n")
 
 
 def test_template_that_branches_on_special_text_is_refused():

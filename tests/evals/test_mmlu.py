@@ -117,8 +117,10 @@ def test_scores_of_generated_letters(values: dict[str, Any]) -> None:
     assert [s.scores["accuracy"] for s in samples] == [1, 1, 1, 0, 0, 0, 1, 0]
     assert [s.scores["parsed"] for s in samples] == [1, 1, 1, 1, 0, 0, 1, 0]
     assert [s.scores["chance"][0] for s in samples] == [2 / 8, 4 / 8, 4 / 8, 1 / 8, 0, 0, 2 / 8, 0]
-    assert task.warn(samples, len) == ("1 of 8 responses were cut off at max_new_tokens without a letter")
+    cut_off = "responses were cut off at max_new_tokens"
+    assert task.warn(samples, len) == f"1 of 8 {cut_off}, 1 of them without a letter"
     assert task.warn(samples[:7], len) is None
+    assert task.warn(task.samples([Completion("B.", 3, False)] * 8), len) == f"8 of 8 {cut_off}"
 
 
 def test_settings_that_change_the_digest(tmp_path: Path, values: dict[str, Any]) -> None:

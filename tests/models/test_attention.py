@@ -241,7 +241,7 @@ def test_varlen_refuses_unsupported_arguments(kernel: Callable):
     with pytest.raises(ValueError, match="document_bounds"):
         logits(model, ids, positions)
     t = torch.zeros(1, 1, 1, 4)
-    with pytest.raises(ValueError, match=r"no dropout, got 0\.1"):
+    with pytest.raises(UserError, match=r"no dropout, got 0\.1: use model\.attention=sdpa"):
         varlen_attention(
             torch.nn.Identity(), t, t, t, None, dropout=0.1, **document_bounds(torch.tensor([[0]]))
         )

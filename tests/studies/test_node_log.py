@@ -26,4 +26,4 @@ def test_tail_of_a_file_has_whole_lines(tmp_path: Path):
     (tmp_path / "a").write_text("one\ntwo\nthree")
     assert tail(tmp_path / "a", 100) == "one\ntwo\nthree"
     assert tail(tmp_path / "a", 8) == "three", "of the second line a part is cut off"
-    assert tail(tmp_path / "absent") == ""
+    assert tail(tmp_path / "absent") == tail(tmp_path) == tail(Path("/dev/zero")) == ""

@@ -163,3 +163,38 @@ def test_half_a_surrogate_pair_does_not_lose_the_samples(tmp_path: Path) -> None
     written = (home.path / write_samples(home, "a.jsonl", {}, samples)).read_text(encoding="utf-8")
     assert [json.loads(line) for line in written.splitlines()[1:]] == samples
     assert "h\u00e9 \U0001f600" in written
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"value": float("nan")}, {"value": float("inf")}, {"value": -0.1}, {"value": 1.1}, {"n": -1}, {"n": 0},
+        {"n": 10**30}, {"step": -1}, {"tokens": 2**63}, {"seed": -1}, {"ci_low": 0.995},
+        {"ci_low": float("-inf")}, {"value": 1e300, "interval": "bootstrap"}, {"warning": 3}, {"run": ["a"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_line_with_impossible_values_is_named(tmp_path: Path, changed: dict[str, Any]) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(asdict(ONE)) + "\n" + json.dumps(asdict(ONE) | changed) + "\n")
+    with pytest.raises(UserError, match=r"results\.jsonl:2") as refused:
+        read_results(path)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_values_at_their_bounds_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    mean = replace(ONE, metric="repeats", interval="bootstrap", value=7.2, ci_low=6.0, ci_high=8.5, n=3)
+    zero = replace(ONE, metric="zero", value=0.0, ci_low=0.0, ci_high=0.0)
+    append(path, [mean, zero])
+    assert read_results(path) == [mean, zero]
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 10**5, '{"a":' * 200 + "1" + "}" * 200, '{"n": NaN}', '{"n": ' + "1" * 5000]
+)
+def test_a_line_of_other_json_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(f"{text}\n")
+    with pytest.raises(UserError, match=r"results\.jsonl:1 is not JSON .*; remove the line"):
+        read_results(path)

