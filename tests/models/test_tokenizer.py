@@ -86,3 +86,10 @@ def test_ids_beyond_the_vocabulary_are_refused():
     check_ids(model, 7)
     with pytest.raises(UserError, match=r"the token id 8, but the model has 8 tokens: use the tokenizer of"):
         check_ids(model, 8)
+
+
+def test_a_setting_of_a_wrong_type_is_one_line(tmp_path: Path):
+    path = tokenizer(tmp_path, "</s>", eos_token="</s>") / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": "long"}))
+    with pytest.raises(UserError, match=r"^no tokenizer can be loaded from .*: '>' not supported between"):
+        open_tokenizer(tmp_path)
