@@ -155,7 +155,7 @@ any_template = given(
 
 
 @pytest.mark.e2e  # seconds
-@settings(max_examples=60, phases=PHASES)
+@settings(max_examples=100, phases=PHASES)
 @any_template
 def test_any_template(
     parts: Parts, system: str | None, texts: list[str], exchanges: int, arguments: dict[str, Any] | None
