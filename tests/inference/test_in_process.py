@@ -176,3 +176,13 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be loaded as a causal LM"):
         load(tmp_path, 4, {})
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(tiny_llama: Path) -> None:
+    engine = load(tiny_llama, 2, {})
+    size = engine.model.config.vocab_size
+    with pytest.raises(UserError, match=rf"the token id {size}, but the model has {size} tokens"):
+        engine.generate([[1, size]], Sampling(0.0, 1, 0))
+    for prompt, option in (([1, size], [1]), ([1], [size])):
+        with pytest.raises(UserError, match=rf"the token id {size}"):
+            engine.choose([prompt], [[option]])
