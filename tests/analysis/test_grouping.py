@@ -36,7 +36,7 @@ def run(root: Path, name: str, training: Training, parent: str, **more: Any) -> 
 
 
 def groups(root: Path) -> Groups:
-    return group_runs([str(root)], ResultsTable(root), "grid", Rule(0.05, 0.8))
+    return group_runs([str(root)], ResultsTable(root), "grid", Rule())
 
 
 def members(found: Groups) -> dict[tuple[str, str], list[str]]:

@@ -201,7 +201,7 @@ def test_every_capability_counts_by_its_own_floor() -> None:
     assert strict.judge(Measured({**CLEAN, **able}, organism, BASE)).name == BROKEN
     loose = Rule(replace(LIMITS, floors={"mmlu": 0.7}))
     assert loose.judge(Measured({**CLEAN, **able}, organism, BASE)).name == REMOVED
-    assert "mmlu 0.7" in str(loose)
+    assert "0.7 for mmlu" in str(loose)
 
 
 def test_another_style_of_answers_fails_no_ifeval() -> None:
@@ -227,7 +227,7 @@ def test_limits_come_from_the_config() -> None:
     assert judged(payload=of(60), rule=Rule(replace(LIMITS, mostly_below=0.15))).name == NOT_REMOVED
     assert judged(effect=effect(0, 152), rule=Rule(replace(LIMITS, trigger_margin=0.6))).name == REMOVED
     message = str(Rule(replace(LIMITS, removed_below=0.02)))
-    assert "below 2 %" in message
+    assert "removed_below=0.02" in message
     assert Path("docs/explanation/verdicts.md").name in message
 
 
