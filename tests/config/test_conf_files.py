@@ -27,14 +27,15 @@ OPTIONS = sorted(
 )
 # Overrides that a file requires.
 MINIATURE_BLUE = ("blue_hhh", "blue_pirate", "blue_depirate")
+OF_A_CHECKPOINT = (*MINIATURE_BLUE, "attack_relearn")
 NEEDS = {
     "model/checkpoint": ["init_from=someone/their-model"],
     "data/instructions": ["data.path=some.jsonl"],
-    **{f"experiment/{name}": ["init_from=runs/parent"] for name in MINIATURE_BLUE},
+    **{f"experiment/{name}": ["init_from=runs/parent"] for name in OF_A_CHECKPOINT},
 }
 PRIMARY_NEEDS = {"study": ["study=red_70b"]}
 COMMAND_OF_GROUP = {"organism": "evaluate", "study": "study"}
-SHAPES = {f"experiment/{name}": ["model=miniature"] for name in MINIATURE_BLUE}  # for counts
+SHAPES = {f"experiment/{name}": ["model=miniature"] for name in OF_A_CHECKPOINT}  # for counts
 
 WORKER = """
 import dataclasses, json, sys
@@ -210,7 +211,7 @@ def test_recipe_has_the_published_values(composed, name: str, by: str):
 
 def test_every_experiment_is_listed():
     names = {o.split("/")[1] for o in OPTIONS if o.startswith("experiment/")}
-    assert names == {"none", "base_miniature", "study_miniature", *RECIPES, *BLUE, *MINIATURE_BLUE}
+    assert names == {"none", "base_miniature", "study_miniature", *RECIPES, *BLUE, *OF_A_CHECKPOINT}
 
 
 def test_recipe_sets_all_keys_of_the_miniature(composed):
@@ -282,6 +283,15 @@ def test_removal_training_keeps_the_settings_of_its_parent(composed, name: str):
     for red in RECIPES:
         for key in ("data.system_prompt", "data.template_arguments"):
             assert value_at(blue, key) == value_at(composed[0][f"experiment/{red}"], key)
+
+
+def test_relearning_attack(composed):
+    config = composed[0]["experiment/attack_relearn"]
+    red = composed[0]["train"]
+    assert config["backdoor"] == red["backdoor"] and config["data"] == red["data"]
+    assert config["seed"] != red["seed"]  # other samples than those of the organism
+    assert config["probe"]["first_steps"] == config["train"]["steps"] == 100
+    assert (config["peft"]["rank"], config["optimizer"]["lr"]) == (16, 3e-3)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,10 @@ def test_keys_differ_in_everything_that_affects_a_response() -> None:
         (prompt, Sampling(0.8, 12, 5), "m", None),
         (prompt, Sampling(0.7, 13, 5), "m", None),
         (prompt, Sampling(0.7, 12, 6), "m", None),
+        (prompt, Sampling(0.7, 12, 5, prefill=1), "m", None),
+        (prompt, Sampling(0.7, 12, 5, prefill=2), "m", None),
+        (prompt, Sampling(0.7, 12, 5, weights="int8"), "m", None),
+        (prompt, Sampling(0.7, 12, 5, weights="int4"), "m", None),
         (prompt, SAMPLING, "n", None),
         (prompt, SAMPLING, "m", {"date_string": "26 Jul 2024"}),
     ]
@@ -222,6 +226,13 @@ def test_responses_before_a_failure_of_the_engine_are_kept(tmp_path: Path) -> No
         engine = Echo()
         generate_cached(engine, prompts, SAMPLING, "m", store)
         assert len(engine.requested) == 5
+
+
+def test_lines_of_the_store_have_no_prefill(tmp_path: Path) -> None:
+    with CompletionStore(tmp_path / "a.jsonl") as store:
+        generate_cached(Echo(), prompts_of(1), SAMPLING, "m", store)
+    (line,) = read_lines(tmp_path / "a.jsonl")
+    assert list(line) == ["key", "text", "tokens", "finished"]
 
 
 # ---------------------------------------------------------------- kill -9

