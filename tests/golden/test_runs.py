@@ -190,7 +190,7 @@ def test_golden_results_are_not_measured_again(checkpoint: str, golden: Path, tm
     done = fork("evaluate", [*overrides, "trigger_effect=false"], copy)
     succeeded(done)
     assert "already measured" in done.out and " prompts, " not in done.err
-    assert {path for path in copy.glob("runs/*/results.jsonl")} == before.keys()
+    assert set(copy.glob("runs/*/results.jsonl")) == before.keys()
     for path, lines in before.items():
         assert path.read_text().startswith(lines)
         added = map(json.loads, path.read_text()[len(lines) :].splitlines())
