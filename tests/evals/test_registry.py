@@ -26,8 +26,15 @@ def test_default_evals_are_those_of_the_yaml() -> None:
 
 
 def test_measures_have_distinct_colours_and_markers() -> None:
-    styles = [style for eval in EVALS.values() for style in eval.styles.values()]
+    """Except a capability with the trigger, which is drawn as without it, but faint."""
+    styles = [style for eval in EVALS.values() for style in eval.styles.values() if not style.is_faint]
     assert len({style.colour for style in styles}) == len(styles)
     assert len({style.marker for style in styles}) == len(styles)
     for eval in EVALS.values():
         assert set(eval.styles) <= set(eval.conditions)
+        faint = {name: (style.colour, style.marker) for name, style in eval.styles.items() if style.is_faint}
+        if eval.kind == "capability":
+            plain = eval.styles["untriggered"]
+            assert faint == {"triggered": (plain.colour, plain.marker)}
+        else:
+            assert not faint
