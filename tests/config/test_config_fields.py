@@ -96,7 +96,7 @@ def test_keys_by_declaration():
 def test_keys_outside_the_identity_of_a_training_run():
     """Fingerprints of existing runs depend on this list."""
     assert sorted(keys_where(lambda k: not k.identity)) == [
-        "accept", "logger", "name", "resume", "root", "state", "sweep", "technique",
+        "accept", "contamination", "logger", "name", "resume", "root", "state", "sweep", "technique",
         "train.replay_every", "train.timeout_minutes", "watch",
     ]  # fmt: skip
     assert sorted(keys_where(lambda k: not k.dataset)) == [
