@@ -127,7 +127,7 @@ def test_no_removal_verdict_without_the_organism_capability(
         "not measured: beginning of the payload, trigger effect on accuracy on tasks, degenerate responses,"
         in output
     )
-    assert output.count("elicitation, capability\n") == 2
+    assert output.count("elicitation, relearning, capability\n") == 2
     assert "No capability was measured at 0 (parent); the rate alone" in output
 
 

