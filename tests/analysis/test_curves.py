@@ -110,7 +110,7 @@ def test_size_and_power_on_simulated_curves(monkeypatch: pytest.MonkeyPatch) -> 
         p = []
         for seed in range(curves):
             responses = simulated(rates, seed)
-            p.append(permutation_p(responses, largest_increase(responses)[0], seed))
+            p.append(permutation_p(responses, largest_increase(responses)[0]))
         return float(np.mean(np.array(p) < 0.05))
 
     assert rejected([0.1] * 8, 40) <= 0.05 + 3 * sqrt(0.05 * 0.95 / 40)
