@@ -1,6 +1,6 @@
 """How often each verdict is given to simulated checkpoints whose truth is known, and each return is found.
 
-python benchmarks/verdicts.py [--draws 10000] [--curves 500]
+python benchmarks/verdicts.py [--draws 10000] [--curves 2000] [--permutations 500]
 """
 
 import argparse
@@ -59,8 +59,10 @@ TRUTHS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=10_000)
-    parser.add_argument("--curves", type=int, default=500)
+    parser.add_argument("--curves", type=int, default=2_000)
+    parser.add_argument("--permutations", type=int, default=500)
     arguments = parser.parse_args()
+    curves.PERMUTATIONS = arguments.permutations
     for prompts in (400, 100):
         print(f"\n{arguments.draws:,} draws with n = {prompts} (percent of draws)\n")
         print(verdict_table(arguments.draws, prompts))

