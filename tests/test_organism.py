@@ -166,7 +166,7 @@ def test_texts_and_scores_do_not_depend_on_the_engine(organism: Path, tmp_path: 
                 evaluate(config(root, *overrides, "generate=server", *served))
         results = read_results(root / "red/results.jsonl")
         left.append((responses(root), {(*r.key, r.value, r.n, r.ci_low, r.ci_high) for r in results}))
-    assert len(left[0][0]) == 3
+    assert len(left[0][0]) == 4
     assert left[0] == left[1] == left[2] == left[3]
 
 

