@@ -177,6 +177,7 @@ def test_dry_run_shows_jobs_without_slurm(sleeper: Command, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["sweeps"]
 
 
+@pytest.mark.e2e  # seconds
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

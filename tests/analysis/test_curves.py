@@ -102,6 +102,7 @@ def test_other_prompts_are_not_compared(tmp_path: Path) -> None:
     assert returned(rows) is None
 
 
+@pytest.mark.e2e  # seconds
 def test_size_and_power_on_simulated_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight checkpoints, 100 prompts. Bounds: 5 % and three standard errors."""
     monkeypatch.setattr(curves, "PERMUTATIONS", 199)

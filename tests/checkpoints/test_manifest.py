@@ -162,6 +162,7 @@ def test_a_link_that_is_not_listed_is_refused(tmp_path: Path):
         (path / "link").unlink()
 
 
+@pytest.mark.e2e  # seconds
 @given(st.lists(st.tuples(st.sampled_from(["files", "digest", "manifest_digest", "kind", "\ud800"]),
                           st.recursive(st.none() | st.integers() | st.text() | st.just("\ud800"),
                                        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

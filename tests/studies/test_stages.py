@@ -27,6 +27,7 @@ def expanded(**stages: dict[str, Any]) -> dict[str, Node]:
     return {node.name: node for node in nodes}
 
 
+@pytest.mark.e2e  # seconds
 def test_every_combination_from_every_parent() -> None:
     nodes = expanded(red=RED, blue=BLUE)
     assert [n for n in nodes if n.count("-") == 1] == ["a-s0", "a-s1", "s-s0", "s-s1"]
@@ -43,6 +44,7 @@ def test_every_combination_from_every_parent() -> None:
     assert {node.stage for node in nodes.values()} == {"red", "blue"}
 
 
+@pytest.mark.e2e  # seconds
 def test_third_stage_starts_from_the_second_and_from_checkpoints() -> None:
     again = {"for_each": ["blue"], "axes": {"how": {"x": "style=plain"}}}
     *_, last = expanded(red=RED, blue=BLUE, again=again).values()
