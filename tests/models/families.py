@@ -29,12 +29,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
 }  # fmt: skip
 
+# Families with layers that carry a state over the whole row.
+RECURRENT: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv"] * 2},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention"] * 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    },
+    "mamba": {"state_size": 8},
+    "rwkv": {},
+}  # fmt: skip
+
 SHAPE = {
     "vocab_size": 520, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }  # fmt: skip
-GPT2 = {"vocab_size": 520, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+RECURRENT_SHAPE = {"vocab_size": 520, "hidden_size": 32, "num_hidden_layers": 2}
+OTHER_SHAPES = {
+    "gpt2": {"vocab_size": 520, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "mamba": RECURRENT_SHAPE, "rwkv": {**RECURRENT_SHAPE, "attention_hidden_size": 32},
+}  # fmt: skip
 
 
 SEEN = {
@@ -78,8 +93,8 @@ def shape(family: str, **changes: Any) -> Any:
     """Return the transformers config of a tiny model."""
     from transformers import CONFIG_MAPPING
 
-    common = GPT2 if family == "gpt2" else SHAPE
-    return CONFIG_MAPPING[family](**{**common, **FAMILIES[family], **changes})
+    common: dict[str, Any] = OTHER_SHAPES.get(family, SHAPE)
+    return CONFIG_MAPPING[family](**{**common, **(FAMILIES | RECURRENT)[family], **changes})
 
 
 def model(family: str, attention: str = "eager", **changes: Any) -> Any:

@@ -110,8 +110,8 @@ def test_the_language_model_of_a_model_with_images_is_trained(kind: str, tmp_pat
     assert adapters and not any("router" in name for name in adapters)
 
 
-def variants(root: str, starts: dict[str, str]) -> dict[str, str | None]:
-    return {name: message(f"{root}/{name}", start) for name, start in starts.items()}
+def variants(root: str, starts: dict[str, str], *overrides: str) -> dict[str, str | None]:
+    return {name: message(f"{root}/{name}", start, *overrides) for name, start in starts.items()}
 
 
 def test_training_refuses_what_evaluation_refuses(tmp_path: Path):
@@ -154,6 +154,23 @@ def test_a_model_in_which_documents_are_not_separate_is_refused(tmp_path: Path):
     assert (
         found is not None and "packed documents are not separate in llama models with attention sdpa" in found
     )
+
+
+def test_recurrent_layers_are_refused_in_packed_rows(tmp_path: Path):
+    """A convolution over three tokens mixes the first two of a document with the one before."""
+    starts = {family: str(saved(family, tmp_path / family)) for family in ("lfm2", "qwen3_5_text")}
+    (found,) = run_ranks(1, variants, str(tmp_path / "runs"), starts)
+    for family, error in found.items():
+        assert error is not None and f"packed documents are not separate in {family} models" in error
+        assert "use packing=none" in error
+    (found,) = run_ranks(1, variants, str(tmp_path / "unpacked"), starts, "packing=none")
+    assert list(found.values()) == [None, None]
+
+
+def test_models_without_attention_are_refused(tmp_path: Path):
+    start = saved("mamba", tmp_path / "base")
+    (found,) = run_ranks(1, message, str(tmp_path), str(start))
+    assert found == "mamba models have no attention, which training requires"
 
 
 def test_rows_longer_than_the_models_positions_are_refused(tmp_path: Path):
