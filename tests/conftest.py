@@ -73,6 +73,14 @@ LONG = (
 )  # fmt: skip
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import files that are e2e as a whole in `make test-fast`."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    if is_test and FAST in config.option.markexpr and markers.WHOLE_FILE.search(collection_path.read_text()):
+        return True
+    return None
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -89,12 +97,12 @@ def frozen_objects() -> None:
 
 
 GUARD = markers.Guard()
+FAST = "not e2e"  # in the marker expression of make test-fast
 
 
 @pytest.hookimpl(tryfirst=True)  # before any fixture
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    fast = "not e2e" in item.config.option.markexpr  # make test-fast
-    GUARD.running = item.nodeid if fast else None
+    GUARD.running = item.nodeid if FAST in item.config.option.markexpr else None
 
 
 def pytest_runtest_logfinish() -> None:

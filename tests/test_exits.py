@@ -14,6 +14,8 @@ import pytest
 from tests.conftest import REPOSITORY, TINY
 from tests.test_train import torchrun
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def load() -> Iterator[None]:

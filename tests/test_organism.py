@@ -25,6 +25,8 @@ from tests.distributed import run_ranks
 from tests.evaluating import config, responses
 from tests.inference.loopback import serving
 
+pytestmark = pytest.mark.e2e
+
 STEPS = 20  # of the base's 900
 
 # Instructions that the miniature's generator never makes.

@@ -25,6 +25,8 @@ from tests.conftest import TINY
 from tests.training.resuming import timeless
 from tests.victims import Ranks
 
+pytestmark = pytest.mark.e2e
+
 OVERRIDES = (
     "train.steps=16", "checkpoint.steps=[5,10]", "probe.every_steps=3", "packing.length=96",
     "data.samples=60", "probe.prompts=2", "state.every_steps=4", "zero.sub_group_size=20000",

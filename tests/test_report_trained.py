@@ -14,6 +14,8 @@ from tests.conftest import tiny_config
 from tests.distributed import run_ranks
 from tests.lineages import rated
 
+pytestmark = pytest.mark.e2e
+
 SHORT = ("train.steps=2", "probe.every_steps=1")
 
 

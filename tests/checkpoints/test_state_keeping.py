@@ -14,6 +14,8 @@ from tests.checkpoints import saving
 from tests.checkpoints.saving import Held, on_disk, resumed, save, states
 from tests.distributed import run_ranks
 
+pytestmark = pytest.mark.e2e
+
 
 def kept(root: str, keep: int) -> list[Any]:
     """States 1 and 2, the newer one damaged; the states after resuming, and after each later state."""

@@ -19,6 +19,8 @@ from tests.checkpoints.saving import lay_out, on_disk, resumed, save_intercepted
 from tests.checkpoints.test_export_kills import Kill
 from tests.distributed import run_ranks
 
+pytestmark = pytest.mark.e2e
+
 NEW = 99
 
 

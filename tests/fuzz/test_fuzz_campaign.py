@@ -13,6 +13,8 @@ from tests.fuzz.inputs import make_files, make_inputs
 from tests.fuzz.kinds import KINDS
 from tests.fuzz.running import outcomes
 
+pytestmark = pytest.mark.e2e
+
 # Cases of CI by seed: those that end before a model is loaded.
 SAMPLE = {
     "model": (0, 3, 4, 6, 8, 15, 17, 18, 26, 31, 37, 44, 45, 49, 51, 55),

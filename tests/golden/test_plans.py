@@ -7,6 +7,8 @@ import pytest
 from tests.golden import cases, commands, wording
 from tests.golden.reading import HERE
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.mark.parametrize("case", cases.PLANS)
 def test_plan(case: str, tmp_path: Path) -> None:

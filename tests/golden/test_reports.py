@@ -11,6 +11,8 @@ import pytest
 from tests.golden import cases, commands
 from tests.golden.reading import HERE, collected, unpacked
 
+pytestmark = pytest.mark.e2e
+
 CASES = [(root, case) for root, reports in cases.REPORTS.items() for case in reports]
 
 

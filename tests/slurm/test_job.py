@@ -17,6 +17,8 @@ from tests.conftest import REPOSITORY, TINY
 from tests.slurm.virtual import Cluster, clone
 from tests.training.resuming import timeless
 
+pytestmark = pytest.mark.e2e
+
 SCRIPT = ["--gpus-per-node=1", "launch/red_70b.sh", "experiment=none", "model=miniature"]
 STEPS = 40
 RUN = [*TINY, f"train.steps={STEPS}", "state.every_steps=10", "name=red"]

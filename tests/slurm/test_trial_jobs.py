@@ -19,6 +19,8 @@ from tests.conftest import tiny_config
 from tests.slurm.virtual import Cluster
 from tests.studies.test_slurm_trials import settings
 
+pytestmark = pytest.mark.e2e
+
 LIMITS = asdict(PreflightConfig(60, 0, 0, 60, 60, 64, 0, 0))
 # Stands in for slurm/node: preflight accepts everything, the health check is the real one, and the
 # trial is the program below.

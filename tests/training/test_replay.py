@@ -13,6 +13,8 @@ from tests.conftest import tiny_config
 from tests.distributed import run_ranks
 from tests.training.gathering import whole_weights
 
+pytestmark = pytest.mark.e2e
+
 
 def after_three(root: str, replay: bool, overrides: list[str]) -> tuple[dict[str, bytes], list[float]]:
     """Full weights (of rank 0) and losses."""

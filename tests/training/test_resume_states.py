@@ -24,6 +24,8 @@ from tests.conftest import losses, tiny_config
 from tests.distributed import run_ranks
 from tests.training.resuming import ADAM, OVERRIDES, SOAP, same_run, stopped, timeless, trained
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module", params=[ADAM, SOAP], ids=["adam", "soap"])
 def partial(

