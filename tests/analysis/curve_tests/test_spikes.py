@@ -60,7 +60,9 @@ def test_p_is_the_share_of_shifts() -> None:
 
 
 def metrics(losses: Sequence[float], probes: dict[int, float]) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = [{"step": step, "loss": float(loss)} for step, loss in enumerate(losses, start=1)]
+    lines: list[dict[str, Any]] = [
+        {"step": step, "loss": float(loss)} for step, loss in enumerate(losses, start=1)
+    ]
     return lines + [{"step": s, "probe": {"triggered": {"argmax_rate": r}}} for s, r in probes.items()]
 
 
