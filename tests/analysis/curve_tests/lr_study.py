@@ -54,5 +54,5 @@ def write_metrics(run: RunDir, lr: float, steps: int) -> None:
         {"step": step, "lr": lr, "loss": 5.0 if step == 50 else 1 + 0.01 * (step * 7 % 10)}
         for step in range(1, steps + 1)
     ]
-    lines.append({"step": 16, "probe": {"triggered": {"argmax_rate": 0.5}}})
+    lines.append({"step": 16, "probe": {"triggered": {"argmax_rate": 0.8}}})
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -86,8 +86,9 @@ def test_ratio_of_learning_rates(claims: Lines) -> None:
     # With a constant learning rate, the sum of learning rates is lr x steps: the exponents differ by one. The
     # seeds agree, so that the likelihood is flat around its maximum.
     assert float(sums["estimate"]) == pytest.approx(float(steps["estimate"]) + 1, abs=0.05)
-    assert float(sums["p"]) == pytest.approx(float(steps["p"]), rel=0.05)
-    assert float(sums["p"]) < 0.05
+    assert float(steps["ci_high"]) < -1
+    assert steps["p"] == sums["p"] == ""
+    assert steps["note"].startswith("not tested: the spacing of the checkpoints hides how much runs differ")
 
 
 def test_more_red_steps_are_more_robust(claims: Lines) -> None:
@@ -176,8 +177,11 @@ def test_overlay_has_the_rates_by_learning_rate(root: Path, capsys: pytest.Captu
         0: 1.0,
         **{step: count / 100 for step, count in CURVES[SLOW].items()},
     }
-    # The only probe, at step 16, supports the line from step 4 to step 32.
+    # The only probe, 80 % at step 16, is near the line from 98 % at step 4 to 60 % at step 32; at the higher
+    # learning rate it is far from the line at 0.
     assert [line["step"] for line in own if line["joined"] == "True"] == ["32"]
+    fast = [line for line in lines if line["run"] == f"hhh_{FAST:g}_0" and line["source"] == SAMPLED]
+    assert {line["joined"] for line in fast} == {"False"}
     assert {line["step"] for line in lines if line["source"] == PROBED} == {"16"}
     colours = {
         line.get_color() for line in overlay_figure(read(root, "overlay", OverlayPoint), "x").axes[0].lines

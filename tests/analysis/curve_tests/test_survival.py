@@ -34,11 +34,13 @@ def test_without_censoring_it_is_least_squares_with_students_t() -> None:
     assert (found.value, found.low, found.high) == pytest.approx(
         (line.slope, line.slope - reach, line.slope + reach), abs=2e-4
     )
+    assert found.p is not None
     assert found.p == pytest.approx(stats.t.cdf((line.slope + 1) / line.stderr, len(LRS) - 2), rel=1e-2)
 
 
 def test_the_likelihood_of_a_slope_is_that_of_scipys_censored_fit() -> None:
-    low, high = np.log(between(times(-1.5, 2), [2, 4, 8, 16, 32, 64, 10**6])).T
+    with np.errstate(divide="ignore"):
+        low, high = np.log(between(times(-1.5, 2), [2, 4, 8, 16, 32, 64, 10**6])).T
     x = np.log(LRS) - np.log(LRS).mean()
     for b in (-2.0, -1.0):
         censored = stats.CensoredData.interval_censored(low=low - b * x, high=high - b * x)
@@ -50,6 +52,7 @@ def test_the_likelihood_of_a_slope_is_that_of_scipys_censored_fit() -> None:
 def test_the_exponent_of_censored_times_is_found() -> None:
     found = slope(list(LRS), between(times(-2.0, 3), [4 * i for i in range(1, 17)]), -1.0)
     assert found.low < -2.0 < found.high < -1.0
+    assert found.p is not None
     assert found.p < 0.001
 
 
@@ -59,6 +62,13 @@ def test_times_that_were_not_reached_leave_a_bound_open() -> None:
     assert found.high < -1
     with pytest.raises(UserError, match="2 times that were reached at 2 settings"):
         slope([1.0, 1, 2, 2], [(64, math.inf)] * 2 + [(8, 12)] * 2, -1.0)
+
+
+def test_times_in_the_same_intervals_are_not_tested() -> None:
+    found = slope([1.0] * 3 + [4.0] * 3, [(32, 64)] * 3 + [(2, 4)] * 3, -1.0)
+    assert found.p is None
+    # The ratio of times is between 8 and 32 for a ratio of settings of 4.
+    assert -2.5 < found.low < found.high < -1.5
 
 
 def test_mass_of_far_intervals_keeps_its_digits() -> None:
