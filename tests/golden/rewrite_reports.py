@@ -20,6 +20,7 @@ def main() -> None:
                 done = commands.run("report", overrides, directory, report.columns)
                 assert done.status == 0, done.err
                 target = HERE / "reports" / root / case
+                target.mkdir(exist_ok=True)
                 for path in target.iterdir():
                     path.unlink()
                 written = {"stdout.txt": done.out, **collected(directory / where, directory)}

