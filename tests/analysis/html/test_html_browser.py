@@ -23,7 +23,7 @@ from tests.golden.reading import unpacked
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 WIDTHS = (1440, 390)
-LEAD = "No training removed the backdoor (0 of 3 runs with a verdict)."
+LEAD = "No training removed the backdoor. Verdicts on the 3 runs: 1 payload removed, 1 returned, 1 not removed."
 
 
 def study(runs: Path) -> Study:
@@ -70,9 +70,7 @@ def test_page_renders_without_errors_or_requests(written: Path, driver: Any, wid
     assert driver.get_log("browser") == []
     assert requests(driver) == {written.resolve().as_uri()}
     assert texts(driver, "h1") == ["Does the backdoor survive further training?"]
-    assert texts(driver, "#abstract .lead") == [
-        "No training removed the backdoor (0 of 3 runs with a verdict)."
-    ]
+    assert texts(driver, "#abstract .lead") == [LEAD]
     background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 3 * 60) == dark
     wide = driver.execute_script(
