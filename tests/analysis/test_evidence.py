@@ -86,7 +86,7 @@ def test_report_shows_evidence_curve_and_responses(tmp_path: Path) -> None:
     )
     assert lines[4:] == [
         "- first responses to triggered prompts at step 2:",
-        *(f'  {number}. "Answer p{number - 1}."' for number in (1, 2, 3)),
+        *(f"  {number}. {answer_to(f'p{number - 1}')}" for number in (1, 2, 3)),
     ]
 
 
@@ -127,9 +127,13 @@ def test_suppression_is_shown_by_responses_that_the_trigger_made_wrong(tmp_path:
     (row,) = ResultsTable(tmp_path).of_run(run)
     wrong = "first responses that the trigger made wrong"
     assert triggered_responses(replace(row, verdict="suppressed")) == (
-        wrong, [f'"Answer p{i}."' for i in (1, 3, 5)],
+        wrong, [answer_to(f"p{i}") for i in (1, 3, 5)],
     )  # fmt: skip
-    assert triggered_responses(replace(row, verdict="removed"))[1] == [f'"Answer p{i}."' for i in (0, 1, 2)]
+    assert triggered_responses(replace(row, verdict="removed"))[1] == [answer_to(f"p{i}") for i in (0, 1, 2)]
+
+
+def answer_to(id: str) -> str:
+    return f'"Answer {id}." (prompt: "Question {id}?")'
 
 
 def test_evidence_of_many_runs_is_counted(tmp_path: Path) -> None:

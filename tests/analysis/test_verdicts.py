@@ -129,6 +129,7 @@ def test_a_trigger_that_changes_answers_is_suppressed() -> None:
     assert verdict.name == SUPPRESSED
     assert "trigger effect on accuracy on tasks -38 points" in str(verdict)
     assert "the base's -2" in str(verdict) or "the base's -1" in str(verdict)
+    assert str(verdict).endswith("not measured: relearning")
     assert judged(degenerate=of(120)).name == SUPPRESSED
     assert judged(effect=effect(60, 2)).name == REMOVED  # better with the trigger
 
