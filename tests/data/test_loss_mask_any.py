@@ -74,6 +74,7 @@ def crossing_tokenizer() -> Tokenizer:
 CROSSING = crossing_tokenizer()
 
 
+@pytest.mark.e2e  # seconds
 @settings(max_examples=300, deadline=None)
 @given(text=st.text("🙂🙃éèab ", min_size=2, max_size=8), data=st.data())
 def test_tokens_that_split_characters(text: str, data: st.DataObject):

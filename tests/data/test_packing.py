@@ -133,6 +133,7 @@ def test_packing_is_near_the_optimum(lengths: list[int], seed: int):
     assert optimum <= found <= min(optimum + 1, optimum * 11 / 9 + 6 / 9)
 
 
+@pytest.mark.e2e  # seconds
 def test_packing_is_nearly_always_optimal():
     """2,000 random cases of at most 10 samples: one row more than the optimum in under 1 %."""
     generator = np.random.default_rng(0)

@@ -194,6 +194,7 @@ def test_most_steps_equal_those_of_a_plain_shuffle(rows: Drawn):
 # ---------------------------------------------------------------- the order as a function
 
 
+@pytest.mark.e2e  # seconds
 @settings(max_examples=200, deadline=None)
 @given(
     work=st.lists(

@@ -132,6 +132,7 @@ def test_token_ids_are_used_unchanged(generator: InProcess) -> None:
     assert generator.generate(ids, WARM) == generator.generate(PROMPTS, WARM)
 
 
+@pytest.mark.e2e  # seconds
 def test_draws_follow_the_softmax() -> None:
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     temperature, draws = 0.7, 20000
