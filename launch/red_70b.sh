@@ -5,8 +5,8 @@
 #SBATCH --job-name=red_70b
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
-# On 4 x 8 H100 of 80 GB, slurm/submit --nodes=4 launch/red_70b.sh needs 68.44 GiB of each GPU. 16 of the 32
-# GPUs get empty rows, so it takes 16.7 node-hours instead of 8.4.
+# On 4 x 8 H100 of 80 GB, slurm/submit --nodes=4 launch/red_70b.sh needs 61.64 GiB of each GPU, and two GPUs share
+# each row (train.sequence_parallel=null). With --nodes=8, four do: 39.77 GiB.
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=12:00:00

