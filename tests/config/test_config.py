@@ -28,7 +28,7 @@ from tests.config.building import INF, NAN, VALUES, changed, made, refused
         ("train.steps", 1.0, "a whole number"),
         ("train.steps", True, "a whole number"),
         ("train.batch_size", None, "a whole number"),
-        ("train.activation_checkpointing", 1, "true or false"),
+        ("train.activation_checkpointing", 1.5, "true or false or a whole number"),
         ("train.activation_checkpointing", "yes", "true or false"),
         ("root", 3, "text"),
         ("model.name", None, "text"),

@@ -97,14 +97,15 @@ def test_keys_outside_the_identity_of_a_training_run():
     """Fingerprints of existing runs depend on this list."""
     assert sorted(keys_where(lambda k: not k.identity)) == [
         "accept", "contamination", "logger", "name", "resume", "root", "state", "sweep", "technique",
-        "train.replay_every", "train.sequence_parallel", "train.timeout_minutes", "watch",
+        "train.compile", "train.replay_every", "train.sequence_parallel", "train.timeout_minutes", "watch",
+        "zero.whole_layers",
     ]  # fmt: skip
     assert sorted(keys_where(lambda k: not k.dataset)) == [
         "data.few_shot", "data.on_the_fly", "data.published",
     ]  # fmt: skip
     assert sorted(keys_where(lambda k: k.location or not k.setting)) == [
         "checkpoint.shard_bytes", "checkpoint.steps", "data.path", "init_from", "model.path",
-        "probe", "seed", "train.sequence_parallel",
+        "probe", "seed", "train.compile", "train.sequence_parallel", "zero.whole_layers",
     ]  # fmt: skip
 
 

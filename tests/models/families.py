@@ -143,7 +143,7 @@ def packed(made: Any) -> torch.Tensor:
 
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].to(made.device)
     ids = torch.cat(documents())[None].to(made.device)
-    more = document_bounds(positions) | packed_arguments(made.config, positions, made.dtype)
+    more = document_bounds(positions) | packed_arguments(made.config, positions.cpu(), made.dtype, made.device)
     return made(input_ids=ids, position_ids=positions, use_cache=False, **more).logits[0]
 
 

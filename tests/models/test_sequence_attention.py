@@ -126,7 +126,7 @@ def differences() -> dict[str, float | str]:
             found[family] = reason
             continue
         model = families.model(family, sequence.register(attention))
-        more = packed_arguments(model.config, positions[None], torch.float32)
+        more = packed_arguments(model.config, positions[None], torch.float32, torch.device("cpu"))
         with torch.no_grad():
             out = model(input_ids=ids[None, part], position_ids=positions[None, part], use_cache=False, **more)
         model.set_attn_implementation("eager")

