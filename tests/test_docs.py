@@ -18,7 +18,7 @@ from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
 PAGES += sorted((REPOSITORY / "docs").rglob("*.md"))
-HISTORY = ("log.md", "log_until_2026_11_22.md", "decisions.md")  # of commands that were
+HISTORY = ("log.md", "log_redesign.md", "log_until_2026_11_22.md", "decisions.md")  # of commands that were
 MADE_BY_USERS = (
     "slurm/cluster.env",
     "slurm/logs",

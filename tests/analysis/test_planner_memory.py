@@ -69,6 +69,11 @@ def test_gathered_parameters_follow_their_bounds() -> None:
     assert plan_memory(planned(*narrow, "zero.whole_layers=true")).gathered == 2 * (layer + 1_000_000_000)
 
 
+def test_gradients_that_are_sent_in_their_own_type_are_not_copied() -> None:
+    head = 128256 * 8192
+    assert plan_memory(planned(COT, "zero.reduction=bf16")).scattering == 2 * head
+
+
 def test_a_flat_copy_is_sent_of_a_matrix_that_ranks_do_not_divide() -> None:
     head = 128256 * 8192
     assert plan_memory(planned(COT, "plan.nodes=1", "plan.gpus_per_node=5")).scattering == (2 + 4 + 4) * head

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.e2e
 SIZE, STEPS = 16, 2  # DeepSpeed learns the order of the layers in the first step
 LAYERS = "model.architecture.num_hidden_layers=6"
 WHOLE, LORA, SOAP = "zero.whole_layers=true", "peft=lora", "optimizer=soap"
+HALF = "zero.reduction=bf16"
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def of_rank(root: Path, rank: int, *overrides: str, size: int = SIZE) -> Seen:
     [
         pytest.param((), 2.0, id="full"),
         pytest.param((WHOLE,), 2.0, id="full-layers"),
+        pytest.param((WHOLE, HALF), 2.0, id="full-bf16"),
         pytest.param((LORA,), 3.0, id="lora", marks=pytest.mark.slow),
         pytest.param((LORA, WHOLE), 2.0, id="lora-layers"),
     ],
@@ -69,7 +71,8 @@ def test_traffic_and_live_parameters(
     seen = of_rank(tmp_path, 0, *overrides, *start_from)
     step = STEPS - 1
     share = seen.elements(step, "all_gather_into_tensor", "bfloat16") / seen.parameters
-    reduced = seen.elements(step, "reduce_scatter_tensor", "float32") / seen.trained
+    dtype = "bfloat16" if HALF in overrides else "float32"
+    reduced = seen.elements(step, "reduce_scatter_tensor", dtype) / seen.trained
     live = seen.live[step] * 2
     most = plan_memory(planned(*overrides)).gathered
     print(

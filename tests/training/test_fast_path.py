@@ -66,10 +66,26 @@ def test_losses_do_not_change(tmp_path: Path, peft: str):
     assert found["layers_recomputed"] == found["compiled"] == found["layers"]
 
 
+@e2e
+def test_reduction_in_bf16_stays_near(tmp_path: Path):
+    """Rounding to 8 bits changes an element, and so the norm of the first gradient, by at most 2^-8.
+
+    Later steps have other weights: for losses, the bound of test_parity.py for weights in bf16.
+    """
+    bf16 = ("train.precision=bf16",)
+    variants = {"fp32": bf16, "bf16": (*bf16, "zero.reduction=bf16")}
+    found = run_ranks(2, curves, str(tmp_path), "reduced", variants, True)[0]
+    loss = max(abs(a - b) for a, b in zip(found["bf16"][0], found["fp32"][0], strict=True))
+    norms = [abs(a / b - 1) for a, b in zip(found["bf16"][1], found["fp32"][1], strict=True)]
+    print(f"reduction in bf16: losses differ by {loss:.1e}, norms by {norms[0]:.1e} to {max(norms):.1e}")
+    assert norms[0] < 2**-8 and max(norms) > 0 and loss < 0.05
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (("train.compile=true",), "needs zero.whole_layers=true"),
+        (("zero.reduction=bf16",), "zero.reduction=bf16 with train.precision=fp32 would round"),
         ((f"{CHECKPOINTED}=3",), "train.activation_checkpointing=3: the model has 2 layers; use true, or at"),
         ((f"{CHECKPOINTED}=-1",), "must be at least 0"),
     ],
