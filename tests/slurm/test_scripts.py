@@ -115,13 +115,15 @@ def test_the_warning_leaves_time_for_the_state():
         assert int(lines["signal"].removeprefix("B:USR1@")) > seconds
 
 
-def test_the_memory_and_waste_on_h100_are_as_documented():
+def test_the_memory_on_h100_is_as_documented():
     """The numbers that red_70b.sh gives in a comment."""
     config = planned("red_70b", "plan.nodes=4", f"plan.gpu_memory_gib={H100}")
     needed = plan_memory(config).needed / 2**30
     assert f"{needed:.2f} GiB of each" in script("red_70b")
-    assert plan_steps(config).empty_rows == 16 and plan_steps(config).waste == 0.5
+    assert config.ranks_a_row == 2 and plan_steps(config).empty_rows == 0
     check_fits(config)
+    more = planned("red_70b", "plan.nodes=8", f"plan.gpu_memory_gib={H100}")
+    assert more.ranks_a_row == 4 and f"four do: {plan_memory(more).needed / 2**30:.2f} GiB" in script("red_70b")
     on_h200 = plan_memory(planned("red_70b")).needed / 2**30
     assert f"{on_h200:.2f} of an H200's" in script("red_70b")
 
