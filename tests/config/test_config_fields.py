@@ -98,7 +98,7 @@ def test_keys_outside_the_identity_of_a_training_run():
     assert sorted(keys_where(lambda k: not k.identity)) == [
         "accept", "contamination", "logger", "name", "resume", "root", "state", "sweep", "technique",
         "train.compile", "train.replay_every", "train.sequence_parallel", "train.timeout_minutes", "watch",
-        "zero.whole_layers",
+        "zero.hpz_ranks", "zero.whole_layers",
     ]  # fmt: skip
     assert sorted(keys_where(lambda k: not k.dataset)) == [
         "data.few_shot", "data.on_the_fly", "data.published",

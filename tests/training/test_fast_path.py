@@ -90,6 +90,12 @@ def test_reduction_in_bf16_stays_near(tmp_path: Path):
         (("zero.reduction=bf16",), "zero.reduction=bf16 with train.precision=fp32 would round"),
         ((f"{CHECKPOINTED}=3",), "train.activation_checkpointing=3: the model has 2 layers; use true, or at"),
         ((f"{CHECKPOINTED}=-1",), "must be at least 0"),
+        (
+            ("zero.hpz_ranks=3",),
+            "zero.hpz_ranks=3 needs a multiple of 3 ranks, and this run has 1: use zero.hpz",
+        ),
+        (("zero.hpz_ranks=1",), "zero.hpz_ranks=1: must be at least 2"),
+        (("zero=offload", "zero.hpz_ranks=2"), "keeps them on the host: use zero.hpz_ranks=null"),
     ],
 )
 @e2e

