@@ -33,7 +33,7 @@ class StateBench(Bench):
         self.engine.step(Step([batch], 16, 16, 1, 0, 0), 1e-4)  # the first step makes the moments
 
     def sleeper(self) -> Callable[[], None]:
-        config = StateConfig(None, None, 2, self.output.host_bytes, 0)
+        config = StateConfig(None, None, 0.05, 2, self.output.host_bytes, 0)
         save_state(self.engine, RunDir(self.directory), config, 1, {}, self.background)
         return self.background.join
 

@@ -23,7 +23,7 @@ from tests.checkpoints.exporting import Act, intercepted
 
 SIZES = {"layer": 3000, "norm": 37}
 FIELDS = ("weight", "exp_avg")
-CONFIG = StateConfig(None, None, keep=2, host_bytes=10**6, full_disk_minutes=0)
+CONFIG = StateConfig(None, None, 0.05, keep=2, host_bytes=10**6, full_disk_minutes=0)
 
 
 class Held:

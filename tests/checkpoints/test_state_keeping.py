@@ -22,11 +22,11 @@ def kept(root: str, keep: int) -> list[Any]:
     ranks.meet(5)
     run, seen = RunDir(Path(root)), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "CONFIG", saving.StateConfig(None, None, keep, 10**6, 0))
+        patch.setattr(saving, "CONFIG", saving.StateConfig(None, None, 0.05, keep, 10**6, 0))
         for step in (1, 2):
-            patch.setattr(saving, "CONFIG", saving.StateConfig(None, None, 2, 10**6, 0))
+            patch.setattr(saving, "CONFIG", saving.StateConfig(None, None, 0.05, 2, 10**6, 0))
             save(run, step, 10 * step)
-        patch.setattr(saving, "CONFIG", saving.StateConfig(None, None, keep, 10**6, 0))
+        patch.setattr(saving, "CONFIG", saving.StateConfig(None, None, 0.05, keep, 10**6, 0))
         damaged = run.state(2) / "rank_00000.safetensors"
         damaged.write_bytes(damaged.read_bytes()[:-1])
         seen.append((resumed(run), on_disk(run), len(run.unsound_states())))

@@ -105,7 +105,7 @@ def test_keys_outside_the_identity_of_a_training_run():
     ]  # fmt: skip
     assert sorted(keys_where(lambda k: k.location or not k.setting)) == [
         "checkpoint.shard_bytes", "checkpoint.steps", "data.path", "init_from", "model.path",
-        "probe", "seed", "train.compile", "train.sequence_parallel", "zero.whole_layers",
+        "probe", "seed", "train.compile", "train.sequence_parallel", "zero.hpz_ranks", "zero.whole_layers",
     ]  # fmt: skip
 
 
