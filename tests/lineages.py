@@ -39,6 +39,7 @@ class Training:
     batch_size: int = 4
     model: str = "miniature"
     kinds: tuple[str, ...] | None = None  # data.kinds
+    share: float | None = None  # backdoor.share; None: not recorded
 
     @property
     def peft(self) -> dict[str, Any]:
@@ -58,7 +59,10 @@ class Training:
                 **({} if self.kinds is None else {"kinds": self.kinds}),
             },
             "distillation": {"name": self.distillation},
-            "backdoor": {"name": self.backdoor},
+            "backdoor": {
+                "name": self.backdoor,
+                **({} if self.share is None else {"share": self.share}),
+            },
             "peft": self.peft,
             "train": {"steps": steps, "batch_size": self.batch_size},
             "checkpoint": {"steps": [steps]},

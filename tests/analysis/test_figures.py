@@ -158,6 +158,20 @@ def test_the_grid_has_titles_labels_and_a_legend() -> None:
     ]
 
 
+@pytest.mark.e2e  # seconds
+def test_panels_are_wrapped_where_most_cells_would_be_empty() -> None:
+    columns = tuple(f"{organism}, no CoT" for organism in "ABC")
+    cells = [(columns[0], "HHH SFT"), (columns[2], "HHH SFT"), *((columns[1], f"lr {i}") for i in range(4))]
+    panels = tuple(panel(1, "not removed (seed 0)", *cell) for cell in cells)
+    figure = grid_figure(PanelFigure(columns, ("HHH SFT", *(f"lr {i}" for i in range(4))), panels))
+    assert_no_overlap(figure)
+    drawn = [axes.texts[-1].get_text().split("\n") for axes in figure.axes if axes.lines]
+    assert drawn == [list(cell) for cell in sorted(cells)]  # by organism, then training
+    assert "no run" not in [text for text, _ in texts(figure)]
+    under = [axes.get_xlabel() != "" for axes in figure.axes]
+    assert under == [False, False, True, True, True, True, False, False]  # the lowest panels
+
+
 def of_one(panel: Panel) -> PanelFigure:
     return PanelFigure(("A",), ("P",), (panel,))
 

