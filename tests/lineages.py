@@ -59,10 +59,7 @@ class Training:
                 **({} if self.kinds is None else {"kinds": self.kinds}),
             },
             "distillation": {"name": self.distillation},
-            "backdoor": {
-                "name": self.backdoor,
-                **({} if self.share is None else {"share": self.share}),
-            },
+            "backdoor": {"name": self.backdoor, **({} if self.share is None else {"share": self.share})},
             "peft": self.peft,
             "train": {"steps": steps, "batch_size": self.batch_size},
             "checkpoint": {"steps": [steps]},

