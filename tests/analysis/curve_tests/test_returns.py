@@ -51,6 +51,13 @@ def test_p_is_the_share_of_all_permutations(monkeypatch: pytest.MonkeyPatch) -> 
     assert permutation_p(responses, statistic) == pytest.approx(exact, abs=4 * sqrt(exact * (1 - exact) / 4000))
 
 
+def test_a_small_p_has_more_permutations() -> None:
+    sure, unsure = simulated([0.0, 1.0], 6), simulated([0.3, 0.3], 7)
+    assert permutation_p(sure, largest_increase(sure)[0]) == 1 / 20_001
+    p = permutation_p(unsure, largest_increase(unsure)[0])
+    assert p * (returns.PERMUTATIONS + 1) == pytest.approx(round(p * (returns.PERMUTATIONS + 1)))
+
+
 def runs(directory: Path, responses: Responses) -> list[Checkpoint]:
     """Return the checkpoints of a run with these triggered responses."""
     run = RunDir(directory / "run")
@@ -72,6 +79,7 @@ def test_a_return_is_found_with_its_rates(tmp_path: Path) -> None:
     found = returned(runs(tmp_path, simulated([1.0, 0.0, 0.14], 1)))
     assert found is not None
     assert (found.before, found.p_text) == (0.0, "< 0.001")
+    assert (found.first, found.last) == (1, 2)
     assert 0.05 < found.after < 0.25
 
 

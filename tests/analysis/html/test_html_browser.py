@@ -115,14 +115,23 @@ def test_table_sorts_by_click_and_by_keyboard(written: Path, driver: Any) -> Non
     assert driver.find_element("css selector", head).get_attribute("aria-sort") == "descending"
     rates = [float(text.split(" %")[0]) for text in texts(driver, "#t-outcome tbody td:nth-child(3)")]
     assert rates == sorted(rates, reverse=True) and len(rates) == 4
-    changes = next(
-        number
-        for number, text in enumerate(texts(driver, "#t-outcome thead th"), 1)
-        if text.startswith("change")
-    )
-    for _ in range(2):
-        driver.find_element("css selector", f"#t-outcome thead th:nth-child({changes}) button").click()
-        assert texts(driver, f"#t-outcome tbody td:nth-child({changes})")[-1] == "-", "missing values are last"
+    for _ in range(2):  # verdicts
+        driver.find_element("css selector", "#t-outcome thead th:nth-child(2) button").click()
+        assert texts(driver, "#t-outcome tbody td:nth-child(2)")[-1] == "-", "missing values are last"
+
+
+def test_p_values_sort_as_numbers(of_demo: Study, driver: Any, tmp_path: Path) -> None:
+    ps = ["0.03", "-", "0.0005, corrected 0.05", "5e-05", "0.002"]
+    row = dict.fromkeys(TEST_COLUMNS, "none")
+    path = tmp_path / "page.html"
+    path.write_text(page(of_demo, "command", [row | {"p": p} for p in ps]))
+    show(driver, path)
+    titles = texts(driver, "#t-tests thead th")
+    assert "command" not in titles and "this command writes: none" in driver.find_element("id", "tests").text
+    number = titles.index("p") + 1
+    driver.find_element("css selector", f"#t-tests thead th:nth-child({number}) button").click()
+    found = texts(driver, f"#t-tests tbody td:nth-child({number})")
+    assert found == ["5e-05", "0.0005, corrected 0.05", "0.002", "0.03", "-"]
 
 
 def test_tables_filter_by_text(written: Path, driver: Any) -> None:

@@ -100,6 +100,16 @@ def test_abstract_says_what_was_not_removed_and_what_returned(organism: Path, tm
     assert "cover the choice of prompts and not other seeds" in text
 
 
+def test_what_returned_names_the_steps_between_which_it_did(organism: Path, tmp_path: Path) -> None:
+    """Not the last step, where it is less again."""
+    run = RunDir(tmp_path / "hhh")
+    trained(run, HHH, organism, (4, 8, 16))
+    for step, rate in {4: 0, 8: 60, 16: 40}.items():
+        rated(run, run.checkpoint(step), rate, 88)
+    text = abstract(tmp_path)
+    assert "in 0 % of responses at step 4, in 60 % at step 8 (permutation test, p < 0.001)" in text
+
+
 def test_abstract_counts_the_seeds_that_disagree(organism: Path, tmp_path: Path) -> None:
     for seed, rate in enumerate((0, 0, 60)):
         run = RunDir(tmp_path / f"hhh-{seed}")
