@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,8 @@ def _record(
             elements, dtype = sum(t.numel() for t in largest), str(largest[0].dtype).removeprefix("torch.")
             current.append((name, dtype, elements))
             _fill(name, [t for members in found for t in members])
+            if name == "all_to_all_single" and not arguments[1].numel():
+                return SimpleNamespace(wait=lambda: None)  # the fake group refuses to send nothing
             inside[0] = True
             try:
                 return original(*arguments, **more)

@@ -44,9 +44,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-def planned(*overrides: str) -> PlannedTrain:
-    narrow = (*TINY, *NARROW, LAYERS, f"packing.length={LENGTH}", f"train.batch_size={SIZE}")
-    machine = ("plan.nodes=2", "plan.gpus_per_node=8")
+def planned(*overrides: str, size: int = SIZE) -> PlannedTrain:
+    narrow = (*TINY, *NARROW, LAYERS, f"packing.length={LENGTH}", f"train.batch_size={size}")
+    machine = (f"plan.nodes={size // 8}", "plan.gpus_per_node=8")
     return build(PlannedTrain, compose("plan", [*narrow, *machine, *overrides]).values)
 
 
@@ -105,3 +105,20 @@ def test_all_ranks_run_the_same_collectives(tmp_path: Path, overrides: tuple[str
         assert gradients[0] == updates[1] == part
         assert gradients[1] == updates[0]  # of the matrices that it owns
     assert seen[0].exchanged != seen[7].exchanged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(WHOLE,), (SOAP, WHOLE)], ids=["adam", "soap"])
+def test_a_world_of_64(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """The same bounds on eight nodes; ranks of the first, a middle and the last node."""
+    seen = {rank: of_rank(tmp_path, rank, *overrides, size=64) for rank in (0, 27, 63)}
+    orders = [[[call[:2] for call in step] for step in s.steps] for s in seen.values()]
+    assert orders[0] == orders[1] == orders[2]
+    most = plan_memory(planned(*overrides, size=64)).gathered
+    for rank, s in seen.items():
+        share = s.elements(STEPS - 1, "all_gather_into_tensor", "bfloat16") / s.parameters
+        reduced = s.elements(STEPS - 1, "reduce_scatter_tensor", "float32") / s.trained
+        print(f"{overrides}, rank {rank} of 64: {share:.3f} P gathered, {reduced:.3f} P reduced")
+        assert 1.5 < share <= 2.0
+        assert reduced == pytest.approx(1.0, abs=0.02)  # matrices that 64 ranks do not divide are padded
+        assert 0.5 * most < 2 * s.live[STEPS - 1] <= most and s.left == []

