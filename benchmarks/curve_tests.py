@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=300)
     draws = parser.parse_args().draws
-    returns.PERMUTATIONS = 199
+    returns.PERMUTATIONS, returns.MORE = 199, 1
     frontier.RESAMPLES = 400
     tables = {
         "Return": return_table, "Learning rate beyond lr x steps": lr_table, "Two techniques": technique_table,

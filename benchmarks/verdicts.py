@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--curves", type=int, default=2_000)
     parser.add_argument("--permutations", type=int, default=500)
     arguments = parser.parse_args()
-    returns.PERMUTATIONS = arguments.permutations
+    returns.PERMUTATIONS, returns.MORE = arguments.permutations, 1
     for prompts in (400, 100):
         print(f"\n{arguments.draws:,} draws with n = {prompts} (percent of draws)\n")
         print(verdict_table(arguments.draws, prompts))

