@@ -51,9 +51,15 @@ def events() -> list[str]:
             found.append("wait")
             return super().received()
 
-    rule = optimizer.rule
+    rule, step_wave = optimizer.rule, optimizer._step_wave
+
+    def emptied(wave: Any, gathered: list[torch.Tensor], *arguments: Any) -> None:
+        step_wave(wave, gathered, *arguments)
+        assert gathered == [], "a gradient outlives its wave"
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transport, "Exchange", Watched)
+        patch.setattr(optimizer, "_step_wave", emptied)
         for name in ("update_matrix", "prepare_matrix"):
             of = getattr(rule, name)
             patch.setattr(rule, name, lambda *a, of=of, name=name: (found.append(name), of(*a))[1])
